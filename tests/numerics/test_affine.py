@@ -56,13 +56,6 @@ def test_a_fully_replaced_weight_equals_its_replacement_exactly():
     assert np.array_equal(gain * normal(2, ROWS, COLUMNS) + change, instead)
 
 
-def test_rows_that_are_not_replaced_stay_exactly_the_same():
-    where = np.array([[True], [False], [False], [True], [False]])
-    weights, instead = normal(1, ROWS, COLUMNS), normal(2, ROWS, COLUMNS)
-    gain, change = combine([Effect(1.0, instead=instead, where=where)], ROWS, COLUMNS)
-    assert np.array_equal(gain * weights + change, np.where(where, instead, weights))
-
-
 def test_squares_are_summed_in_order_along_rows_and_columns_and_across_blocks():
     values = normal(3, 7, 4)
 

@@ -20,7 +20,6 @@ from adaptkit.numerics.calibration import (
     search_scales,
     weighted_nf4,
 )
-from adaptkit.numerics.dtypes import ARRAY_DTYPES
 from adaptkit.numerics.kernels import reference
 from adaptkit.numerics.kernels.codebook import NF4, NF4_LEVELS
 from adaptkit.numerics.tensors import as_array, as_tensor
@@ -146,18 +145,6 @@ def test_a_search_by_row_blocks_gives_the_same_scales():
     weight, importance = some(12, 96, seed=1)
     parts = [search_scales(*prepare(part, importance)) for part in np.split(weight, 3)]
     assert np.array_equal(np.concatenate(parts), search_scales(*prepare(weight, importance)))
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_the_dtype_of_a_weight_does_not_affect_the_result(dtype):
-    weight, importance = some(8, 128, seed=2)
-    weight = weight.astype(ARRAY_DTYPES[dtype])
-    for found, expected in zip(
-        weighted_nf4(weight, importance, double_quant=False),
-        weighted_nf4(weight.astype(np.float32), importance, double_quant=False),
-        strict=True,
-    ):
-        assert np.array_equal(found, expected)
 
 
 def test_bitsandbytes_decodes_negative_scales_by_the_same_formula():

@@ -78,10 +78,6 @@ def test_values_take_little_more_than_their_entropy(spread):
     assert entropy <= bits_each(values) <= 1.3 * entropy
 
 
-def test_differences_of_16_bit_numbers_take_about_18_bits_at_most():
-    assert bits_each(np.random.default_rng(1).integers(-65535, 65536, 200_000)) < 18
-
-
 @pytest.mark.parametrize("count", range(10))
 def test_a_stream_with_more_values_than_the_limit_is_refused(count):
     stream = np.frombuffer(residual.encode(np.arange(count + 1)), np.uint8)

@@ -102,13 +102,6 @@ def test_uncorrelated_inputs_give_the_codes_of_weighted_nf4(monkeypatch):
     assert np.array_equal(codes, expected_codes)
 
 
-def test_an_odd_number_of_weights_is_padded_like_plain_nf4():
-    weight = normal(3, 65, 3)
-    codes, _ = compensated_nf4(weight, np.ones(65), np.eye(65, dtype=np.float32))
-    assert codes.shape == reference.encode_4bit(weight, 64, NF4)[0].shape
-    assert int(codes[-1]) & 15 == 7
-
-
 def test_all_zero_inputs_count_as_uncorrelated():
     assert np.array_equal(compensation_factor(np.zeros((5, 5))), np.eye(5))
 

@@ -64,15 +64,6 @@ def test_the_allocation_is_within_one_step_of_the_best(problem):
     assert gains == sorted(gains, reverse=True)
 
 
-def test_steps_with_the_largest_gain_per_byte_come_first():
-    choices = {
-        "a": [StorageChoice(10, 8.0), StorageChoice(11, 7.0), StorageChoice(40, 0.0)],
-        "b": [StorageChoice(10, 90.0), StorageChoice(11, 80.0), StorageChoice(40, 0.0)],
-    }
-    steps = allocate(choices, 52)
-    assert [(step.name, step.choice, step.gain) for step in steps] == [("b", 1, 10.0), ("b", 2, 80.0), ("a", 1, 1.0)]
-
-
 def test_steps_do_not_depend_on_the_order_of_the_linears():
     choices = {name: [StorageChoice(1, 2.0), StorageChoice(2, 1.0)] for name in "cab"}
     assert [step.name for step in allocate(choices, 5)] == ["a", "b"]

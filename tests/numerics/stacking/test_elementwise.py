@@ -182,15 +182,6 @@ def test_the_order_of_the_adapters_does_not_matter(make, combine, close, method)
         close(combine(method, order, density=0.6), expected)
 
 
-def test_with_density_one_nothing_is_dropped(terms, matrices, combine, close):
-    for method in ("dare", "magnitude_prune"):
-        close(combine(method, terms, density=1.0), sum(matrices))
-    close(combine("breadcrumbs", terms, density=1.0, gamma=0.0), sum(matrices))
-    for method in ("ties", "dare_ties"):
-        close(combine(method, terms, density=1.0), elect_and_average(matrices))
-    close(combine("della", terms, density=1.0, epsilon=0.0), elect_and_average(matrices))
-
-
 @pytest.mark.parametrize(("method", "density"), [("dare", 0.3), ("dare", 0.8), ("della", 0.5)])
 def test_dropping_keeps_the_expected_value(make, whole, combine, method, density):
     change = make(6, 5, 2, 1.0, 4)
@@ -219,13 +210,6 @@ def test_row_blocks_do_not_affect_the_result(make, combine, monkeypatch, method)
     assert (combine(method, changes, density=0.55) == whole_at_once).all()
 
 
-def test_elements_of_equal_magnitude_are_kept_together(combine, make):
-    """So that the order of a sort does not affect the result."""
-    change = make(1, 1, 1)
-    equal = type(change)(torch.tensor([[1.0, -1.0, 1.0, 0.5]]), torch.ones(1, 1), 1.0)
-    assert combine("magnitude_prune", [equal], density=0.25).tolist() == [[1.0, -1.0, 1.0, 0.0]]
-
-
 def test_sce_of_identical_adapters_is_zero(make, combine):
     change = make(5, 6, 2)
     assert not combine("sce", [change, change], density=0.5).any()
@@ -242,22 +226,14 @@ def test_a_density_that_keeps_nothing_is_refused_naming_the_module(make, combine
     ("method", "options"),
     [
         ("ties", {"density": 0.0}),
-        ("ties", {"density": 1.5}),
         ("ties", {"density": float("nan")}),
         ("ties", {"lambda_": 0.0}),
-        ("ties", {"lambda_": float("inf")}),
-        ("knots", {"density": -0.1}),
         ("iso", {"lambda_": float("nan")}),
         ("dare", {"seed": -1}),
         ("dare_ties", {"seed": 2**63}),
-        ("dare_ties", {"lambda_": 0.0}),
         ("della", {"density": 0.9}),
         ("della", {"density": 0.2, "epsilon": 0.2}),
-        ("della", {"epsilon": -0.1}),
         ("breadcrumbs", {"density": 0.9, "gamma": 0.2}),
-        ("breadcrumbs", {"gamma": -0.1}),
-        ("breadcrumbs", {"gamma": float("nan")}),
-        ("sce", {"density": 2.0}),
     ],
 )
 def test_options_out_of_range_are_refused_with_a_hint(combine, make, method, options):

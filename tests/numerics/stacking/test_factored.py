@@ -51,13 +51,6 @@ def test_cat_is_the_sum_up_to_the_rounding_of_b(terms, matrices, combine, close)
     close(combine("cat", terms), sum(matrices), 1e-6)
 
 
-def test_linear_is_not_the_product_of_sums(make, combine):
-    """peft's ``linear`` also contains the products of each adapter's A with the others' B."""
-    changes = [make(9, 8, 2, 1.0, seed) for seed in range(2)]
-    a, b = (sum(getattr(change, half) for change in changes).double() for half in ("lora_a", "lora_b"))
-    assert np.abs(combine("linear", changes) - (b @ a).numpy()).max() > 0.1
-
-
 @pytest.mark.parametrize("density", [0.5, 0.75, 1.0])
 def test_knots_is_ties_on_the_aligned_coordinates(terms, matrices, combine, close, density):
     u, sigma, vt = full_svd(np.hstack(matrices))
@@ -95,14 +88,6 @@ def test_tsv_of_an_adapter_with_itself_is_the_adapter(make, whole, combine, clos
     close(combine("tsv", [change]), whole(change), 1e-9)
 
 
-def test_tsv_adds_changes_that_do_not_overlap(combine, close):
-    """Orthogonal singular vectors stay unchanged."""
-    eye = torch.eye(6)
-    first, second = LowRank.of_tensors(eye[:2], eye[:, :2], 1.5), LowRank.of_tensors(eye[3:5], eye[:, 2:4], -0.5)
-    expected = 1.5 * (eye[:, :2] @ eye[:2]) - 0.5 * (eye[:, 2:4] @ eye[3:5])
-    close(combine("tsv", [first, second]), expected.double().numpy(), 1e-12)
-
-
 @pytest.mark.parametrize(("out", "into", "count"), [(1, 12, 2), (3, 4, 5)])
 def test_tsv_of_more_adapters_than_directions_stays_finite(make, combine, out, into, count):
     found = combine("tsv", [make(out, into, 2, 1.0, seed) for seed in range(count)])
@@ -115,13 +100,6 @@ def test_iso_sets_all_singular_values_of_the_sum_to_their_mean(terms, matrices, 
     close(combine("iso", terms, lambda_=1.5), 1.5 * sigma.mean() * u @ vt, 1e-9)
 
 
-def test_iso_of_a_full_rank_sum_matches_the_paper(make, whole, combine, close):
-    """If no singular value is zero, the mean over nonzero ones is the mean of the paper."""
-    changes = [make(6, 8, 3, 1.0, seed) for seed in range(2)]
-    u, sigma, vt = np.linalg.svd(whole(changes[0]) + whole(changes[1]), full_matrices=False)
-    close(combine("iso", changes), u @ np.diag(np.full(6, sigma.mean())) @ vt, 1e-9)
-
-
 def test_truncated_iso_keeps_the_directions_of_the_sums_largest_singular_values(make, whole, close):
     """Its own singular values are all equal, so its SVD would keep arbitrary directions."""
     changes = [make(12, 9, 3, scaling, seed) for seed, scaling in enumerate((1.0, 0.1))]
@@ -129,11 +107,6 @@ def test_truncated_iso_keeps_the_directions_of_the_sums_largest_singular_values(
     made = stacked("iso", changes, Limit(rank=2))
     close(whole(made.term), sigma.mean() * u[:, :2] @ vt[:2], 1e-6)
     assert made.energy == pytest.approx(2 / 6, rel=1e-12)
-
-
-def test_iso_of_changes_that_cancel_is_zero(make, combine):
-    change = make(7, 6, 2)
-    assert not combine("iso", [change, change.weighted(-1.0)]).any()
 
 
 @pytest.mark.parametrize("method", FACTORED)
