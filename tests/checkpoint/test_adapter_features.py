@@ -12,7 +12,7 @@ from peft_adapters import CASES, CONFIG, PREFIX, WEIGHTS, change_config, change_
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.errors import AdapterError, BaseMismatchError, UnsafeInputError, UsageError
+from adaptkit.errors import BaseMismatchError, UnsafeInputError, UsageError
 from adaptkit.operations.merge import MergeOptions, merge
 
 KINDS = [
@@ -107,9 +107,7 @@ def test_every_tensor_is_recorded_and_used_exactly_once(made, name):
         ("linear", f"{Q}.lora_B.bias", "rows"),
         ("linear", f"{Q}.weight", "square"),  # peft has no place for it: the module is wrapped
         ("linear", f"{Q}.lora_embedding_A", "square"),
-        ("linear", "model.embed_tokens.token_adapter.trainable_tokens_delta", "square"),
         ("experts_up_only", f"{EXPERTS}.base_layer.lora_A.weight", "square"),
-        ("experts_mixtral", f"{EXPERTS}.base_layer.base_layer.lora_A.weight", "square"),
         ("experts_mixtral", f"{EXPERTS}.lora_magnitude_vector", "rows"),
         ("tokens", "lm_head.token_adapter.trainable_tokens_delta", "square"),
         ("embedding", "model.embed_tokens.lora_A.weight", "square"),
@@ -177,7 +175,7 @@ def test_a_rank_that_differs_from_the_tensors_is_refused(changed, tmp_path, name
     """Also for experts, whose tensors would fit twice the rank and half as many experts."""
     case, adapter = changed(name)
     modules = {name for key in keys_of(adapter) if "lora_" in key for name in names_of(key)}
-    for rank in (2, 5, 8):
+    for rank in (2, 8):
         change_config(adapter, r=rank)
         refuse(case, adapter, tmp_path, *modules)
 
@@ -205,20 +203,14 @@ def test_a_scaling_that_is_not_a_positive_number_is_refused(changed, tmp_path, n
         ("lora_bias", {"lora_bias": False}, ("has a lora_B.bias, but lora_bias is not set",)),
         ("linear", {"lora_bias": True}, ("bias",)),
         ("tokens", {"trainable_token_indices": None}, ("embed_tokens",)),
-        ("tokens", {"trainable_token_indices": [7, 2]}, ("embed_tokens",)),
         ("tokens", {"trainable_token_indices": [7, 2, 2]}, ("embed_tokens",)),
         ("tokens", {"trainable_token_indices": [7, 2, -1]}, ("embed_tokens",)),
-        ("tokens", {"trainable_token_indices": [7, 2, 301]}, ("embed_tokens",)),
         ("tokens", {"trainable_token_indices": {"lm_head": [7, 2, 40]}}, ("embed_tokens",)),
         ("tokens", {"trainable_token_indices": {"embed_tokens": [7, 2, 40], "lm_head": [1]}}, ("lm_head",)),
         ("linear", {"trainable_token_indices": [7]}, ("trainable_token_indices",)),
         ("tokens_resized", {"trainable_token_indices": [303, 5, 310]}, ("embed_tokens",)),
         ("experts_mixtral", {"target_parameters": None}, ("experts",)),
-        ("experts_mixtral", {"target_parameters": ["mlp.experts.down_proj"]}, ("experts",)),
         ("experts_up_only", {"target_parameters": ["experts.down_proj"]}, ("experts",)),
-        ("experts_down_only", {"target_parameters": ["experts.gate_up_proj"]}, ("experts",)),
-        ("experts_up_only", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, ("experts",)),
-        ("linear", {"modules_to_save": ["lm_head"]}, ("lm_head",)),
         ("saved_head", {"modules_to_save": ["lm_head", "norm"]}, ("norm",)),
         ("linear", {"target_parameters": ["experts.down_proj"]}, ("target_parameters", "experts")),
         ("linear", {"bias": "lora"}, ("bias",)),
@@ -263,15 +255,6 @@ def test_half_a_resized_vocabulary_is_refused(made, tmp_path, target):
 # Unsupported features
 
 
-def test_magnitudes_without_use_dora_are_refused_with_a_hint_for_torchtune(changed):
-    """Setting use_dora would not help: torchtune 0.6.1 permutes B of q_proj and k_proj for peft, not the magnitudes."""
-    _, adapter = changed("dora")
-    change_config(adapter, use_dora=None)
-    with pytest.raises(AdapterError, match="has a lora_magnitude_vector, but use_dora is not set") as caught:
-        read_adapter(adapter)
-    assert "use adaptkit extract on the model that torchtune merged" in caught.value.hint
-
-
 def test_dora_with_lora_bias_is_refused(changed, tmp_path):
     """peft does not write it and defines no formula for it."""
     case, adapter = changed("lora_bias")
@@ -291,13 +274,9 @@ def test_dora_with_lora_bias_is_refused(changed, tmp_path):
         ("linear", "conv1d"),
         ("experts_mixtral", "linear"),
         ("experts_mixtral", "experts_qwen3"),
-        ("experts_qwen3", "linear"),
         ("biases_all", "linear"),
-        ("lora_bias", "linear"),
         ("tokens_conv1d", "linear"),
-        ("saved_head_phi", "linear"),
         ("resized_conv1d", "linear"),
-        ("router", "linear"),
         ("experts_one_by_one_mixtral", "experts_qwen2"),
         ("experts_transposed", "experts_mixtral"),
     ],
@@ -309,19 +288,6 @@ def test_an_adapter_for_a_different_model_is_refused(made, tmp_path, name, other
     assert any(name in caught.value.message for key in keys_of(adapter) for name in names_of(key))
     assert caught.value.hint
     assert list(tmp_path.glob("out*")) == []
-
-
-def test_an_adapter_for_a_different_number_of_experts_is_refused(made, changed, tmp_path):
-    case, adapter = changed("experts_up_only")
-    for layer in (0, 1):
-        name = f"{PREFIX}model.layers.{layer}.mlp.experts.lora_"
-        change_tensors(
-            adapter,
-            lambda t, name=name: t.update(
-                {f"{name}A.weight": t[f"{name}A.weight"][:12], f"{name}B.weight": t[f"{name}B.weight"][:, :12]}
-            ),
-        )
-    refuse(case, adapter, tmp_path, "experts")
 
 
 # The same on the command line

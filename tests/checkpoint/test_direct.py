@@ -93,27 +93,6 @@ def test_a_disk_error_reaches_the_caller_and_leaves_no_thread(tmp_path):
     assert threading.active_count() == before
 
 
-def test_after_an_error_further_calls_fail(tmp_path):
-    out = DirectFile(Refusing(tmp_path / "x", "w"), 64 * PIECE)
-    refusals = 0
-    for _ in range(64):
-        try:
-            out.append(memoryview(bytes(PIECE)))
-        except OSError:
-            refusals += 1
-    assert refusals > 50  # all but those accepted before the third write failed
-    with pytest.raises(OSError, match="Input/output error"):
-        out.finish()
-    out.close()
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_reported(tmp_path):
-    with pytest.raises(OSError, match="No space left") as caught:
-        written(io.FileIO("/dev/full", "w"), os.urandom(64 * PIECE))
-    assert caught.value.errno == errno.ENOSPC
-
-
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs RWF_NOWAIT to see what is in the page cache")
 def test_written_content_does_not_stay_in_the_page_cache(tmp_path):
     size = 64 * PIECE

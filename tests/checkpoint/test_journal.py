@@ -21,8 +21,6 @@ import pytest
 from folders import tree
 from safetensors.numpy import load_file
 
-from adaptkit.checkpoint import journal as journal_module
-from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
@@ -194,18 +192,6 @@ def test_an_existing_output_is_replaced_only_with_force(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_force_is_suggested_only_where_it_would_replace_the_output(tmp_path):
-    make(tmp_path / "out")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    for final, inputs in ((tmp_path / "mine", ()), (tmp_path / "out", (tmp_path / "out",))):
-        with pytest.raises(OutputExistsError, match="already exists") as caught:
-            check_output(final, False, inputs)
-        assert caught.value.hint == "choose another -o"
-        with pytest.raises((OutputExistsError, UsageError)):
-            check_output(final, True, inputs)
-
-
 @pytest.mark.parametrize(
     ("kind", "error"),
     [
@@ -330,26 +316,6 @@ def test_an_empty_folder_is_replaced_and_its_permissions_and_group_are_kept(tmp_
     assert (stat.S_IMODE(state.st_mode), state.st_gid) == (0o2550, group)
 
 
-def test_a_failure_leaves_an_empty_folder_as_it_was_and_the_work_resumable(tmp_path):
-    final = tmp_path / "out"
-    final.mkdir(mode=0o705)
-    before = (final.stat().st_ino, final.stat().st_mode, final.stat().st_mtime_ns)
-
-    def fail():
-        with Output(final, PLAN) as output:
-            add(output, "a", b"first")
-            raise ValueError("on the way")
-
-    with pytest.raises(ValueError, match="on the way"):
-        fail()
-    assert (final.stat().st_ino, final.stat().st_mode, final.stat().st_mtime_ns) == before
-    assert list(final.iterdir()) == []
-    with Output(final, PLAN) as output:
-        assert output.finished("a")
-        publish(output)
-    assert set(tree(final)) == {"a", MANIFEST_NAME}
-
-
 def test_a_file_that_appears_in_an_empty_folder_just_before_the_rename_is_left_alone(tmp_path):
     final = tmp_path / "out"
     final.mkdir()
@@ -449,32 +415,6 @@ def test_a_second_writer_fails_and_changes_nothing(tmp_path):
     make(final)  # a dead process holds no lock
 
 
-def is_locked(path):
-    """Return whether a file is locked, as seen by another machine, which sees locks of regular files only."""
-    handle = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
-
-
-@pytest.mark.parametrize("before", ["nothing", "the same", "another plan", "an empty journal"])
-def test_other_machines_see_that_an_output_is_being_written(tmp_path, before):
-    journal = tmp_path / "out.partial" / JOURNAL_NAME
-    if before != "nothing":
-        with Output(tmp_path / "out", ["other"] if before == "another plan" else PLAN) as output:
-            add(output, "a", b"first")
-        if before == "an empty journal":
-            journal.write_text("")
-    with Output(tmp_path / "out", PLAN) as output:
-        assert is_locked(journal)
-        assert output.finished("a") == (before == "the same")
-    assert not is_locked(journal)
-
-
 def test_an_output_that_another_machine_is_writing_is_left_alone(tmp_path):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
@@ -504,24 +444,6 @@ def test_a_disk_without_locks_is_reported_and_left_unchanged(tmp_path, monkeypat
     assert "another disk" in caught.value.hint
     assert tree(tmp_path) == {}
     assert list(tmp_path.iterdir()) == []
-
-
-def test_finished_files_are_hashed_only_on_request_and_once(tmp_path, monkeypatch):
-    with Output(tmp_path / "out", PLAN) as output:
-        add(output, "a", b"first")
-        add(output, "b", b"second")
-    (tmp_path / "out.partial" / "b").write_bytes(b"SECOND")
-    read = []
-    monkeypatch.setattr(
-        journal_module, "file_problem", lambda folder, one: [read.append(one.path), file_problem(folder, one)][1]
-    )
-    with Output(tmp_path / "out", PLAN) as output:
-        assert read == []
-        assert [output.is_whole(name) for name in ("a", "b", "c")] == [True, False, False]
-        assert output.files == []
-        assert [output.finished(name) for name in ("a", "b", "c")] == [True, False, False]
-        assert [record.path for record in output.files] == ["a"]
-    assert read == ["a", "b"]
 
 
 CHANGES = {"open", "os.chmod", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}

@@ -93,21 +93,13 @@ OTHER_FOLDERS = [
     (["pytorch_model.bin"], r"pickles \(pytorch_model\.bin\)", CONVERT),
     (["pytorch_model-00001-of-00002.bin"], r"pickles \(pytorch_model-00001", CONVERT),
     (["lit_model.pth"], r"pickles \(lit_model\.pth\)", RENAME),  # of LitGPT
-    (["consolidated.00.pth"], r"pickles \(consolidated", RENAME),  # of Meta
-    (["pytorch_model_fsdp.bin"], r"pickles \(pytorch_model_fsdp", RENAME),  # of accelerate
-    (["pytorch_model.pt"], r"pickles \(pytorch_model\.pt", RENAME),
     (["lit_model.pth.lora"], r"pickles \(lit_model\.pth\.lora", RENAME),
-    (["pytorch_lora_weights_of_mine.bin"], r"pickles \(pytorch_lora_weights_of_mine", RENAME),
     (["model-Q4_K_M.gguf"], r"GGUF \(model-Q4_K_M\.gguf\)", ""),
     ([*ADAPTER, "README.md"], "not a checkpoint", MERGE_IT),
-    ([*ADAPTER, "value_head.safetensors"], "not a checkpoint", MERGE_IT),
     (["model.fp16.safetensors"], "neither model.safetensors nor .*, but model.fp16", ""),
-    (["consolidated.safetensors"], "neither model.safetensors nor .*, but consolidated", ""),
     (["model-00001-of-00002.safetensors"], "neither model.safetensors nor .*, but model-00001", ""),
-    (["pytorch_lora_weights.safetensors"], "in the format of diffusers", "as peft saves it"),
     (["pytorch_lora_weights.bin"], "in the format of diffusers", "as peft saves it"),
     (["diffusion_pytorch_model.bin"], "in the format of diffusers", AS_SAVED),
-    (["diffusion_pytorch_model.fp16.safetensors"], "in the format of diffusers", AS_SAVED),
     (["diffusion_pytorch_model-00001-of-00003.safetensors"], "in the format of diffusers", AS_SAVED),
 ]
 """Files beside config.json, and words of the error and the hint."""
@@ -171,11 +163,9 @@ def test_checkpoints_in_subfolders_are_named_in_the_hint(tmp_path):
         "[]",
         '{"weight_map":[]}',
         '{"weight_map":{"a":1}}',
-        '{"weight_map":{"a":null}}',
         '{"weight_map":{"a":["x.safetensors"]}}',
         '{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}',
         '{"weight_map":{"a":"x.safetensors"},"metadata":{"total_size":NaN}}',
-        '{"weight_map":{"a":"x.safetensors"},"metadata":{"total_size":1e999}}',
         *(json.dumps({"weight_map": {"a": name}}) for name in HOSTILE_PATHS),
         '{"weight_map":{"a":"config.json"}}',
         '{"weight_map":{"a":"pytorch_model-00001-of-00002.bin"}}',
@@ -230,18 +220,13 @@ def index_of(root, *shards):
 
 
 REFUSALS = {
-    "a path that is not plain": (lambda root: resolve_inside(root, "../x"), 5),
     "a long path": (lambda root: resolve_inside(root, "a/" * 600 + "b"), 5),
     "a long name": (lambda root: resolve_inside(root, "é" * 128), 5),
     "a file for a folder": (lambda root: require_folder(holding(root, "a") / "a"), 2),
     "a missing folder": (lambda root: weight_files(root / "absent"), 2),
-    "a missing file": (lambda root: read_small(root / "absent"), 5),
     "a file above 256 MiB": (lambda root: read_small(large(root / "a")), 5),
-    "malformed JSON": (lambda root: read_json(holding(root, "a", text="{") / "a"), 5),
     "a malformed configuration": (lambda root: read_config(holding(root, "a", text="{") / "a"), 5),
-    "an index without a map": (lambda root: weight_files(holding(root, INDEX_NAME, text="{}")), 5),
     "shards that differ in case": (lambda root: weight_files(index_of(root, "a.safetensors", "A.safetensors")), 5),
-    "no weights": (weight_files, 5),
     "side files that differ in case": (lambda root: check_side_files(holding(root, "a.json", "A.json")), 5),
 }
 

@@ -104,16 +104,6 @@ def test_a_locked_key_opens_with_its_password(keys, tmp_path):
     assert "openssl" not in caught.value.hint
 
 
-def test_the_hint_to_make_a_key_uses_names_of_files_that_do_not_exist(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for there, name in ((None, "key"), ("key.pem", "key-2"), ("key-2.pub", "key-3")):
-        if there:
-            (tmp_path / there).write_text("mine")
-        with pytest.raises(UsageError, match="key not found, or not readable") as caught:
-            sign_manifest(CONTENT, Signer(tmp_path / "absent.pem"))
-        assert f"-out {name}.pem; openssl ec -in {name}.pem -pubout -out {name}.pub" in caught.value.hint
-
-
 def test_a_signature_by_a_different_key_or_of_a_different_manifest_is_refused(keys, signed):
     with pytest.raises(IntegrityError, match="not made by the key in") as caught:
         check_signature(CONTENT, signed, Trust(keys["stranger"][1]))
@@ -242,18 +232,3 @@ def test_signing_a_folder_writes_or_replaces_its_signature_file(keys, tmp_path):
     assert sign(tmp_path, Signer(keys["p256"][0])) == tmp_path / SIGNATURE_NAME
     check_signature(CONTENT, tmp_path / SIGNATURE_NAME, Trust(keys["p256"][1]))
     assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST_NAME, SIGNATURE_NAME]
-
-
-def test_without_model_signing_the_hint_is_the_command_to_install_it(keys, tmp_path):
-    code = (
-        "import sys; sys.modules['model_signing'] = None\n"
-        "from pathlib import Path\n"
-        "from adaptkit.checkpoint.signing import Signer, Trust, check_signature, sign_manifest\n"
-        "from adaptkit.errors import UsageError\n"
-        "for call in (lambda: sign_manifest(b'', Signer(Path('x'))),"
-        " lambda: check_signature(b'', Path('x'), Trust(Path('y')))):\n"
-        "    try: call()\n"
-        "    except UsageError as error: print(error.hint)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["pip install '.[sign]' in adaptkit's checkout"] * 2

@@ -71,10 +71,6 @@ def test_small_residuals_take_about_two_bits_each():
     assert len(undo.pack_frame(1, residual)) * 8 < 2.05 * residual.size
 
 
-def test_records_are_named_after_shards_in_a_folder_of_their_own():
-    assert undo.record_name(3, 12) == "adaptkit-undo/shard-00003-of-00012.safetensors"
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1}', b"[1]", b"[null]", "[\xff]".encode("latin-1")])
 def test_a_damaged_list_of_files_is_refused(content):
     with pytest.raises(IntegrityError, match="list of files is damaged"):

@@ -94,23 +94,13 @@ def test_old_partial_files_of_killed_processes_are_removed_and_no_others(tmp_pat
     assert replaced_name("x.json") == "x.json"
 
 
-def test_a_tensor_that_is_not_contiguous_is_written_in_the_order_of_its_elements(tmp_path):
-    square = torch.arange(9.0).view(3, 3)
-    with TensorWriter(tmp_path, "x.safetensors", [TensorSpec("t", "F32", (3, 3))]) as writer:
-        writer.write("t", square.T)
-    assert torch.equal(load_file(tmp_path / "x.safetensors")["t"], square.T)
-
-
 @pytest.mark.parametrize(
     ("writes", "complaint"),
     [
         ([("a", 5)], "out of turn"),
-        ([("b", 6), ("b", 1)], "out of turn"),
-        ([("unknown", 1)], "out of turn"),
         ([("b", 7)], "longer than"),
         ([("b", 3), ("b", 4)], "longer than"),
         ([("b", 6)], "'a' was not written"),
-        ([("b", 5)], "'b' was not written"),
         ([], "'b' was not written"),
     ],
 )
@@ -124,11 +114,6 @@ def test_writes_that_do_not_match_the_specs_are_errors(tmp_path, writes, complai
 
     with pytest.raises(ValueError, match=complaint):
         write()
-
-
-def test_an_error_of_the_caller_is_not_replaced_by_one_of_the_writer(tmp_path):
-    with pytest.raises(KeyError), TensorWriter(tmp_path, "x.safetensors", SPECS):
-        raise KeyError("the caller's own")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
