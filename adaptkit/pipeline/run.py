@@ -120,16 +120,13 @@ class _Run:
             for source in self._recipe.sources.values():
                 if (source.path is not None) == is_here:
                     located[source.name] = locate(source, self._folder, self._lock, offline=offline, note=note)
-            if is_here and not self._options.locked:  # otherwise any difference from the lock is named first
+            if is_here:
                 check_sources(self._recipe, self._steps, _paths(located))
-        try:
-            reports = [self._find_source(source, located[name]) for name, source in self._recipe.sources.items()]
-        finally:
-            if not self._dry_run:
-                self._hashes.save()  # also after an error: reading a source again may take hours
-        checked = {} if self._options.locked else _paths(located)
-        rest = {name: path for name, path in _paths(self._materials).items() if name not in checked}
-        check_sources(self._recipe, self._steps, rest)
+        reports = [self._find_source(source, located[name]) for name, source in self._recipe.sources.items()]
+        if not self._dry_run:
+            self._hashes.save()
+        fetched = _paths({name: self._materials[name] for name, source in self._recipe.sources.items() if source.repo})
+        check_sources(self._recipe, self._steps, fetched)
         return reports
 
     def _find_source(self, source: Source, location: Location) -> SourceReport:

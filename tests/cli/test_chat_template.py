@@ -5,8 +5,7 @@ import re
 import shutil
 
 import pytest
-from folders import edit_json, tree
-from interrupted import stop_after
+from folders import edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from adaptkit.training.config import TrainConfig
@@ -86,36 +85,12 @@ def test_a_template_equal_to_the_bases_is_not_saved_again(run_cli, llama, rows):
     assert not (rows.parent / "a/chat_template.jinja").exists()
 
 
-def test_a_template_that_ends_questions_late_is_refused_with_the_difference(run_cli, llama, rows):
-    mine = rows.parent / "mine.jinja"
-    mine.write_text(
-        TEMPLATE.replace("<|im_end|>\n", "{% if message.role != 'user' or not loop.last %}<|im_end|>\n{% endif %}")
-    )
-    error, hint = run_cli(*train(llama, rows, "a", "--chat-template", mine)).refusal(5)
-    assert (
-        "rows.jsonl, line 1: the chat template ends a question only once it is answered: the prompt ends with" in error
-    )
-    assert "river 0[assistant] ', and the answer would begin with '<|im_end|>\\n[assistant] " in error
-    assert "make the template end a question" in hint
-    assert not (rows.parent / "a").exists()
-
-
-def test_so_is_one_whose_answers_all_call_tools(run_cli, llama, rows):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "depth", "arguments": {"of": "Rhine"}}]}
-    rows.write_text(json.dumps({"messages": [ROWS[0]["messages"][0], call], "tools": [{"name": "depth"}]}))
-    mine, written = rows.parent / "mine.jinja", "{{ tools | tojson }}\n{% for m in messages %}[{{ m.role }}] "
-    written += "{{ m.content }}{{ (m.tool_calls or '') | tojson }}"
-    for end, code in (("{% if m.role != 'user' or not loop.last %}<|im_end|>{% endif %}", 5), ("<|im_end|>", 0)):
-        mine.write_text(written + end + "{% endfor %}")
-        done = run_cli(*train(llama, rows, "a", "--chat-template", mine, "--dry-run"))
-        assert done.code == code, done.stderr
-        assert ("ends a question only once it is answered" in done.stderr) == bool(code)
-
-
-def test_full_training_saves_the_given_template_instead_of_the_bases(run_cli, llama, rows):
-    given = train(llama, rows, "full", "--method", "full", "--chat-template", rows.parent / "mine.jinja")
+def test_full_training_saves_the_given_template_instead_of_the_bases(run_cli, untemplated, rows):
+    (untemplated / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    given = train(untemplated, rows, "full", "--method", "full", "--chat-template", rows.parent / "mine.jinja")
     done = run_cli(*given)
     assert done.code == 0, done.stderr
+    assert not (rows.parent / "full/chat_template.json").exists()
     assert AutoTokenizer.from_pretrained(rows.parent / "full").chat_template == TEMPLATE
     assert run_cli("verify", rows.parent / "full").code == 0
 
@@ -133,35 +108,6 @@ def test_a_different_template_changes_the_identity_of_a_run(untemplated, rows, t
     ]
     assert found[0] == found[1]
     assert [name for name in found[0] if found[0][name] != found[2][name]] == ["chat_template"]
-
-
-def test_an_unfinished_run_is_not_resumed_with_a_different_template(run_cli, untemplated, rows, tmp_path):
-    other, output = tmp_path / "other.jinja", tmp_path / "a"
-    other.write_text(TEMPLATE + "{# the same samples #}")
-    config = TrainConfig(str(untemplated), (str(rows),), chat_template=str(tmp_path / "mine.jinja"), device="cpu",
-                         steps=2, save_every=1, held_out=0)  # fmt: skip
-    stop_after(config, output, 1)
-    partial = tmp_path / "a.partial"
-    assert (partial / "checkpoint-1").is_dir()
-    before = tree(partial)
-    command = [*train(untemplated, rows, "a"), "--steps", 2, "--save-every", 1]
-    for more in (("--chat-template", other), ()):
-        done = run_cli(*command, *more)
-        assert done.code == 8, done.stderr
-        assert "unfinished" in done.stderr
-        assert tree(partial) == before
-    (tmp_path / "same.jinja").write_text(TEMPLATE)
-    resumed = run_cli(*command, "--chat-template", tmp_path / "same.jinja")
-    assert resumed.code == 0, resumed.stderr
-    assert (output / "chat_template.jinja").read_text() == TEMPLATE
-
-
-def test_full_training_with_a_given_template_drops_the_bases_chat_template_json(run_cli, untemplated, rows, tmp_path):
-    (untemplated / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    given = train(untemplated, rows, "full", "--method", "full", "--chat-template", tmp_path / "mine.jinja")
-    assert run_cli(*given).code == 0
-    assert not (tmp_path / "full/chat_template.json").exists()
-    assert AutoTokenizer.from_pretrained(tmp_path / "full").chat_template == TEMPLATE
 
 
 def templates_of(folder):
@@ -243,27 +189,6 @@ def test_a_byte_order_mark_of_the_template_does_not_reach_the_samples(run_cli, u
     assert shown[0] == shown[1] != ""
 
 
-def test_an_end_token_known_only_from_the_tokenizer_is_reported(run_cli, untemplated, rows, tmp_path):
-    """It is appended to answers if the template appends none, and if there is no template."""
-    (untemplated / "generation_config.json").write_text('{"eos_token_id": 0}')
-    (tmp_path / "open.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
-    for more in ((), ("--chat-template", tmp_path / "open.jinja")):
-        said = run_cli(*train(untemplated, rows, "a", "--dry-run", *more)).stdout
-        assert "answers end with <|im_end|>, which the base's" in said
-
-
-def test_configurations_that_contain_infinity_are_accepted(run_cli, llama, copy_of, rows, tmp_path):
-    """As those of Mamba models do."""
-    base = copy_of(llama, "base")
-    config = (base / "config.json").read_text().rstrip().removesuffix("}") + ', "time_step_limit": [0.0, Infinity]}'
-    (base / "config.json").write_text(config)
-    (base / "generation_config.json").unlink()
-    assert run_cli(*train(base, rows, "a", "--dry-run")).code == 0
-    (base / "generation_config.json").write_text('{"eos_token_id": 0, "top": Infinity}')
-    assert run_cli(*train(base, rows, "a")).code == 0
-    assert '"top": Infinity' in (tmp_path / "a/generation_config.json").read_text()
-
-
 @pytest.fixture
 def trained(run_cli, untemplated, rows, tmp_path):
     """An adapter without a template of its own."""
@@ -296,12 +221,6 @@ def test_merge_copies_an_invalid_template_unchanged_and_evaluate_refuses_it(
     assert (asked.code, "invalid chat template (line 1: " in asked.stderr) == (5, True)
     assert run_cli("merge", untemplated, trained, "-o", tmp_path / "m").code == 0
     assert (tmp_path / "m/chat_template.jinja").read_bytes() == b"\xef\xbb\xbf{% broken"
-
-
-def test_evaluate_refuses_a_template_list_with_invalid_entries(run_cli, untemplated, rows, trained):
-    (trained / "tokenizer_config.json").write_text('{"chat_template": ["{% for"]}')
-    asked = run_cli("evaluate", "--base", untemplated, "--adapter", trained, "--data", rows, "--device", "cpu")
-    assert (asked.code, "invalid chat template" in asked.stderr) == (5, True)
 
 
 def test_the_adapters_tokenizer_takes_precedence_over_the_bases(run_cli, untemplated, rows, trained, tmp_path):
@@ -382,18 +301,15 @@ def test_results_declare_their_end_token_and_unmerge_restores_the_bases_files(
 @pytest.mark.parametrize(
     ("content", "code", "said"),
     [
-        (None, 5, "No such file"),
         (b"\xff", 5, "jinja: not UTF-8"),
         (b"\n{% for m in %}", 5, "invalid chat template (line 2: "),
         (b"{{ " + b"(" * 3000 + b"1" + b")" * 3000 + b" }}", 5, "invalid chat template ("),
-        (b"{{ " + b"1" * 5000 + b" }}", 5, "invalid chat template ("),
         (b"{{ messages[1].content }}", 5, "line 1: the chat template refuses the conversation"),
     ],
 )
 def test_invalid_template_files_are_refused(run_cli, untemplated, rows, tmp_path, content, code, said):
     path = tmp_path / "bad.jinja"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     done = run_cli(*train(untemplated, rows, "a", "--chat-template", path))
     assert (done.code, done.stdout) == (code, "")
     assert said in done.stderr

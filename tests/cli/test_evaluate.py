@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 from html_pages import Parsed
-from page_reports import comparison
 
 from adaptkit.cli.main import main
-from adaptkit.cli.pages.evaluate import evaluate_page
 from adaptkit.data.tokenizer_files import load_tokenizer
 
 
@@ -221,17 +219,6 @@ def test_the_table_is_aligned_and_omits_columns_without_measurements(llama, adap
     assert len(heading) == len(first) == len(second)
     assert first.startswith("llama  ")
     assert second.startswith("llama + adapter")
-
-
-def test_an_end_token_that_also_pads_causes_no_warning_of_transformers(gpt2, instructions, run_cli):
-    """GPT-2 in transformers looks for that token at both ends of its input."""
-    done = run_cli("evaluate", "--base", gpt2, "--data", instructions, "--text", instructions, "--window", 64)
-    assert (done.code, done.stderr) == (0, "")
-
-
-def test_models_with_the_same_name_are_shown_with_their_paths():
-    tables = Parsed(evaluate_page(comparison("runs/a/model", "runs/b/model"))).tables
-    assert [row[0] for row in tables["Models"][1:]] == ["runs/a/model", "runs/a/model + runs/b/model"]
 
 
 def test_bad_requests_print_only_an_error_and_a_hint_and_exit_with_the_documented_code(

@@ -38,14 +38,6 @@ def test_the_table_reports_the_energy_kept_and_json_reports_it_by_module(run_cli
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
-def test_a_dry_run_writes_nothing(run_cli, adapter, second_adapter, tmp_path):
-    done = run_cli("stack", adapter, second_adapter, "-o", tmp_path / "out", "--method", "iso", "--dry-run")
-    assert done.code == 0
-    assert "would write" in done.stdout
-    assert "manifest" not in done.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("options", "code", "message", "hint"),
     [

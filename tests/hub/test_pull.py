@@ -22,7 +22,6 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from adaptkit.errors import IntegrityError
 from adaptkit.hub.download import fetch_small
 from adaptkit.hub.signature import fetch_signature
-from adaptkit.operations.merge import merge
 
 TOKEN = "hf_plantedTokenForTests0123"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -135,8 +134,7 @@ def _lie(artifact: Path) -> None:
     edit_manifest(artifact, tensors=(replace(first, xxh3_128="0" * 32), *rest))
 
 
-HOSTILE = ["../outside.txt", "/etc/passwd", "a\\b", "C:x", "adaptkit-journal.jsonl", ".cache", ".download/x"]
-HOSTILE += ["README.md/x"]
+HOSTILE = ["../outside.txt", "adaptkit-journal.jsonl", ".download/x", "README.md/x"]
 WRONG: dict[str, tuple[Callable[[Path, Path], object], int, str]] = {
     "no manifest": (lambda artifact, other: (artifact / MANIFEST_NAME).unlink(), 3, MANIFEST_NAME),
     "a size": (lambda artifact, other: _edit(artifact, lambda d: d["files"][0].update(size="many")), 3, "size"),
@@ -204,14 +202,3 @@ def test_an_answer_with_a_wrong_hash_is_refused(
     done = cli("pull", f"me/model@{commit}", "-o", "pulled")
     assert (done.code, done.report["message"].endswith(says)) == (7 if wrong else 3, True), done.report
     assert not (tmp_path / "pulled").exists()
-
-
-def test_a_merged_model_is_published_with_its_undo_record(
-    cli: Any, llama: Path, adapter: Path, tmp_path: Path, repository: Any
-) -> None:
-    merge(llama, [adapter], tmp_path / "merged")
-    sent = cli("publish", tmp_path / "merged", "me/model", "--tag", "v1")
-    assert sent.code == 0, sent.stdout
-    assert cli("verify", "me/model@v1").report["manifest_sha256"] == sent.report["manifest_sha256"]
-    assert cli("unmerge", "me/model@v1", "-o", "back", "--adapter", adapter).code == 0
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()

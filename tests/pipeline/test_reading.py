@@ -58,12 +58,9 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
     ("old", "new", "message", "hint"),
     [
         ("rank: 4", "rnak: 4", "line 7: steps.adapter.rnak: unknown key", "did you mean 'rank'?"),
-        ("rank: 4", "lora_r: 4", "line 7: steps.adapter.lora_r: unknown key", "did you mean 'rank'?"),
         ("rank: 4", "rank: '4'", "line 7: steps.adapter.rank: is '4'; expected a whole number", ""),
-        ("rank: 4", "rank: true", "line 7: steps.adapter.rank: is true; expected a whole number", ""),
         ("rank: 4", "rank: 0", "line 7: steps.adapter.rank: must be at least 1 and at most 65,536, found 0",
          "rank: Rank of the adapter's matrices."),
-        ("rank: 4", "alpha: .nan", "line 7: steps.adapter.alpha: is nan; expected a number", ""),
         ("rank: 4", "targets: q_proj", "steps.adapter.targets: is 'q_proj'; expected a list", "write [q_proj]"),
         ("rank: 4", "wandb: x", "line 7: steps.adapter.wandb: cannot be set in a recipe", "this network service"),
         ("rank: 4", "base: x", "line 7: steps.adapter.base: cannot be set in a recipe", "value of train is the base"),
@@ -71,30 +68,21 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("rank: 4", "mixture: {row: 1}", "steps.adapter.mixture: 'row' is not one of the data", "the data: rows"),
         ("{quantize: base}", "{quantise: base}", "line 6: steps.small.quantise: 'quantise' is not a kind of step",
          "did you mean 'quantize'?"),
-        ("{quantize: base}", "{block_size: 64, quantize: base}", "'block_size' is not a kind of step", "first key"),
         ("{quantize: base}", "{quantize: bsae}", "line 6: steps.small.quantize: no source or step named 'bsae'",
          "'base'?"),
-        ("{quantize: base}", "{quantize: [base]}", "steps.small.quantize: expected the name of a source or step", ""),
         ("{quantize: base}", "{quantize: base, block_size: 60}", "line 6: steps.small", ""),
         ("{quantize: base}", "{quantize: base, calibration: {token: 3, files: [rows]}}",
          "steps.small.calibration.token: unknown key", "did you mean 'tokens'?"),
         ("{quantize: base}", "[]", "line 6: steps.small: expected what to do", "kinds of steps: adopt, check,"),
         ("data: [rows], rank", "data: rows, rank", "steps.adapter.data: expected a list of names", "write [rows]"),
-        ("data: [rows], rank", "data: [], rank", "steps.adapter.data: expected a list of names", ""),
         ("data: [rows], rank", "data: [rows, rows], rank", "steps.adapter.data: 'rows' is listed twice", ""),
         ("jsonl}\nsteps:\n  small: {quantize: base}\n  adapter: {train: small, data: [rows]",
          "jsonl}\n  more: {path: ./data/rows.jsonl}\nsteps:\n  small: {quantize: base}\n  adapter: {train: small, data"
          ": [rows, more]", "line 8: steps.adapter.data: 'rows' and 'more' are the same source", ""),
         ("data: [rows], rank", "data: [small], rank", "steps.adapter.data: 'small' is a folder; expected a file", ""),
-        ("{path: data/rows.jsonl}", "{repo: org/rows}", "steps.adapter.data: 'rows' is a folder; expected a file", ""),
         ("merge: base", "merge: small", "line 13: steps.merged.merge: 'small' is a quantized checkpoint; expected an "
          "unquantized checkpoint", "use the 16-bit checkpoint that it was made from"),
-        ("adapters: [adapter]", "adapters: [small]",
-         "line 13: steps.merged.adapters: 'small' is a quantized checkpoint; expected an adapter",
-         "name a source or step of that kind"),
         ("rank: 4", "init: small", "steps.adapter.init: 'small' is a quantized checkpoint; expected an adapter", ""),
-        ("small, data: [rows], rank: 4", "base, data: [rows], method: full",
-         "steps.judged.adapter: 'adapter' is an unquantized checkpoint; expected an adapter", "extract step"),
         ("rank: 4", "method: full", "line 7: steps.adapter.train: 'small' is a quantized checkpoint; expected an "
          "unquantized checkpoint", "use the 16-bit checkpoint that it was made from"),
         ("{check: merged, target: [vllm]}", "{train: merged, data: [rows], method: qlora}",
@@ -105,7 +93,6 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("{check: merged, target: [vllm]}", "{quantize: adapter}",
          "line 14: steps.loads.quantize: 'adapter' is an adapter; expected an unquantized or released checkpoint",
          "merge step"),
-        ("{check: merged, target: [vllm]}", "{quantize: small}", "steps.loads.quantize: 'small' is a quantized", ""),
         ("{check: merged, target: [vllm]}", "{dequantize: merged}",
          "steps.loads.dequantize: 'merged' is an unquantized checkpoint; expected a quantized checkpoint",
          "name a quantized one"),
@@ -138,19 +125,15 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("repo: org/name, ", "", "line 15: steps.release: repo is missing", ""),
         ("tag: v1", "tag: 1.0", "steps.release.tag: is 1.0; expected text", "write it in quotes"),
         ("needs: [judged,", "needs: [judge,", "steps.release.needs: no step named 'judge'", "'judged'?"),
-        ("needs: [judged,", "needs: [base,", "steps.release.needs: no step named 'base'", ""),
         ("small: {q", "base: {q", "line 6: steps.base: 'base' is also the name of the source 'base'", ""),
         ("small: {q", "Base: {q", "line 6: steps.Base: 'Base' is also the name of the source 'base'", ""),
         ("small: {q", "../x: {q", "line 6: steps.../x: is not a valid name", "letters"),
         ("small: {q", "x.partial: {q", "is not a valid name", ""),
         ("rows: {path", "kaiming: {path", "line 4: sources.kaiming: the name has another meaning in train", ""),
         ("path: model", "path: /models/a", "line 3: sources.base.path: must be relative to the recipe's folder", "../"),
-        ("path: model", "path: ~/a", "must be relative to the recipe's folder", ""),
         ("path: model", "pth: model", "line 3: sources.base.pth: unknown key", "did you mean 'path'?"),
         ("path: model", "path: 3", "line 3: sources.base.path: is 3; expected text", "write it in quotes"),
-        ("path: model", "path: ''", "line 3: sources.base.path: is ''; expected text", "base: {repo: org/name"),
         ("path: model", "repo:", "line 3: sources.base.repo: is None; expected text", "base: {repo: org/name"),
-        ("path: model", "repo: a", "line 3: sources.base.repo: a: not the name of a repository", ""),
         ("path: model", "repo: a/b@v1", "sources.base.repo: a/b@v1: not the name of a", "the key revision"),
         ("path: model", "repo: a/b, path: c", "line 3: sources.base: expected either a path or a repo", ""),
         ("path: model", "path: model, revision: main", "sources.base.revision: only a repo has revisions", ""),
@@ -166,14 +149,6 @@ def test_an_error_names_the_problem_and_its_place(write, old, new, message, hint
     assert message in caught.value.message
     assert hint in caught.value.hint
     assert caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize("new", ["tag: 1.10", "tag: 1_0", "tag: true"])
-def test_the_hint_to_quote_text_does_not_repeat_it_as_the_value_that_was_read(write, new):
-    """To follow such a hint, '1.1', would publish another tag."""
-    with pytest.raises(ConfigError, match=r"expected text") as caught:
-        read_recipe(write(GOOD, "tag: v1", new))
-    assert caught.value.hint == "write it in quotes"
 
 
 def test_a_merge_into_nf4_makes_a_quantized_checkpoint(write):

@@ -19,13 +19,12 @@ from folders import flip, tree
 
 import adaptkit
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import (
     AdapterError,
     AdaptkitError,
-    CheckpointError,
     ConfigError,
     ConflictError,
     DriftError,
@@ -151,31 +150,15 @@ def test_a_lock_that_is_a_link_stays_one(release, recipe, tmp_path):
     assert kept.read_bytes() == content
 
 
-@pytest.mark.parametrize("before", ["small", "merged"])
-def test_a_source_that_changes_before_its_step_runs_is_an_error(release, recipe, before):
-    weights = release / "model" / "model.safetensors"
-
+def test_a_source_that_changes_before_its_step_runs_is_an_error(release, recipe):
     def write(step):
-        if step.name == before:
-            flip(weights)
+        if step.name == "merged":
+            flip(release / "model" / "model.safetensors")
 
-    with pytest.raises(IntegrityError, match=rf"{before}: the source base changed during the run"):
+    with pytest.raises(IntegrityError, match=r"merged: the source base changed during the run"):
         run(recipe, listener=Listener(started=write))
     assert not (release / "recipe.lock").exists()
-    assert before not in {path.stem for path in (release / ".adaptkit").glob("*/*.json")}
-
-
-def test_a_source_that_changes_while_its_step_runs_is_an_error(release, recipe, edit):
-    """The change is in a file that the operation itself does not check."""
-    edit("adapters: [lighter]", "adapters: [lighter, lora]")
-
-    def write(done, total):
-        (release / "lora" / "vocab.txt").write_text("new")
-
-    until = RunOptions(until="merged")
-    with pytest.raises(IntegrityError, match="merged: the source lora changed during the run"):
-        run(recipe, until, listener=Listener(progress=write))
-    assert "merged" in done(run(recipe, until))
+    assert "merged" not in {path.stem for path in (release / ".adaptkit").glob("*/*.json")}
 
 
 def test_an_artifact_made_from_a_changed_source_is_not_kept_once_the_source_is_restored(release, recipe):
@@ -233,17 +216,13 @@ def test_a_source_that_changed_with_the_same_size_and_time_is_noticed(release, r
 # Damaged artifacts
 
 
-@pytest.mark.parametrize(
-    "how", ["gone", "cut", "extra", "no manifest", "changed manifest", "a file", "a link", "another"]
-)
+@pytest.mark.parametrize("how", ["gone", "cut", "extra", "changed manifest", "a link", "another"])
 def test_a_damaged_artifact_is_noticed_and_made_again(release, recipe, how):
     first = run(recipe)
     folder = release / outputs(first)["lighter"].path
     expected, weights, manifest = tree(folder), folder / "adapter_model.safetensors", folder / MANIFEST_NAME
-    if how in ("gone", "a file", "a link"):
+    if how in ("gone", "a link"):
         shutil.move(folder, release / "aside")
-        if how == "a file":
-            folder.write_text("x")
         if how == "a link":
             folder.symlink_to("/nowhere")
     elif how == "another":  # whole, but not what this step made
@@ -253,8 +232,6 @@ def test_a_damaged_artifact_is_noticed_and_made_again(release, recipe, how):
         weights.write_bytes(weights.read_bytes()[:-1])
     elif how == "extra":
         (folder / "extra").write_text("x")
-    elif how == "no manifest":
-        manifest.unlink()
     else:
         manifest.write_bytes(manifest.read_bytes()[:-2] + b" \n")
     notes = []
@@ -313,11 +290,7 @@ def test_a_whole_artifact_is_kept_although_the_run_was_killed_before_recording_i
     assert outputs(report) == outputs(first)
 
 
-NOTHING_SAID = [b"", b"[]", b"{}", b"\xff", b'{"outputs": {}}', b"[" * 100_000]
-NOTHING_SAID += [{"facts": None}, {"outputs": 3}, {"facts": {"effect": 1.5}}, {"figure": "better"}, {"sha256": None}]
-
-
-@pytest.mark.parametrize("content", NOTHING_SAID, ids=lambda content: repr(content)[:20])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", {"outputs": 3}, {"facts": {"effect": 1.5}}], ids=repr)
 def test_a_damaged_record_makes_only_its_own_step_run_again(release, recipe, content):
     first = run(recipe)
     record = (release / outputs(first)["lighter"].path).with_suffix(".json")
@@ -348,19 +321,6 @@ def test_progress_of_reading_sources_is_reported(recipe):
 # The lock
 
 
-def test_hashes_are_cached_even_if_a_source_differs_from_the_lock(recipe, release):
-    run(recipe)
-    shutil.rmtree(release / ".adaptkit")
-    change_lock(release, "sources", "lora", "files", "adapter_config.json", value="0" * 64)
-    time.sleep(2.1)  # hashes of files that changed more recently are not cached
-    with pytest.raises(DriftError):
-        run(recipe, RunOptions(locked=True))
-    known = json.loads((release / ".adaptkit" / "hashes.json").read_text())
-    assert {str((release / name).resolve()) for name in ("model/model.safetensors", "lora/adapter_config.json")} <= {
-        *known
-    }
-
-
 def test_a_locked_run_succeeds_if_everything_matches_the_lock(recipe, release):
     run(recipe)
     before = (release / "recipe.lock").read_bytes()
@@ -377,8 +337,6 @@ def test_a_locked_run_succeeds_if_everything_matches_the_lock(recipe, release):
         ("{quantize: base}", "{quantize: base, block_size: 32}", "steps.small.block_size is not in the lock"),
         ("  loads: {check: merged, target: [peft]}\n", "", "steps.loads is in the lock, but not here"),
         ("{path: lora}", "{path: ./other}", "sources.lora.path is other, but lora in the lock"),
-        ("name: tiny", "name: small", "name is small, but tiny in the lock"),
-        ("peft]", "vllm]", "steps.loads.target is ['vllm'], but ['peft'] in the lock"),
     ],
 )
 def test_a_recipe_that_differs_from_the_lock_is_refused_before_sources_are_read(recipe, release, edit, old, new, named):
@@ -413,21 +371,7 @@ def change_lock(release, *keys, value):
     (release / "recipe.lock").write_text(json.dumps(lock))
 
 
-def test_an_artifact_that_differs_from_the_lock_is_named_in_the_error(recipe, release):
-    run(recipe)
-    change_lock(release, "steps", "lighter", "outputs", "lighter", value="0" * 64)
-    with pytest.raises(DriftError, match=r"steps\.lighter\.outputs\.lighter is \w{12}…, but 000000000000… in the lock"):
-        run(recipe, RunOptions(locked=True))
-
-
-def test_a_different_version_of_adaptkit_is_named_in_the_error(recipe, release):
-    run(recipe)
-    change_lock(release, "tool", "version", value="0.0.1")
-    with pytest.raises(DriftError, match=r"tool\.version is 0\.1\.0, but 0\.0\.1 in the lock"):
-        run(recipe, RunOptions(locked=True))
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"schema":1}', b"<<<<<<< HEAD\n"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"schema":1}', b"<<<<<<< HEAD\n"])
 def test_a_missing_or_invalid_lock_is_refused_and_can_be_written_again(recipe, release, content):
     with pytest.raises(UsageError, match=r"recipe\.lock: lock not found"):
         run(recipe, RunOptions(locked=True, until="small"))
@@ -446,35 +390,23 @@ def test_steps_that_until_excludes_are_locked_if_their_inputs_are_known(recipe, 
         run(recipe, RunOptions(locked=True))
 
 
-def test_a_source_of_another_kind_than_the_locked_one_is_a_difference_from_the_lock(recipe, release):
-    run(recipe)
-    shutil.rmtree(release / "lora")
-    shutil.copytree(release / "model", release / "lora")
-    with pytest.raises(DriftError, match=r"sources\.lora\."):
-        run(recipe, RunOptions(locked=True))
-    with pytest.raises(ConfigError, match="'lora' is an unquantized checkpoint; expected an adapter"):
-        run(recipe)
-
-
 @pytest.mark.parametrize(
     ("keys", "value", "named"),
     [
         (("steps", "loads", "outputs"), {"evil": "0" * 64}, "steps.loads.outputs is in the lock, but not here"),
-        (("steps", "small", "more"), 1, "steps.small.more is in the lock, but not here"),
         (("more",), 1, "more is in the lock, but not here"),
+        (("tool", "version"), "0.0.1", "tool.version is 0.1.0, but 0.0.1 in the lock"),
+        (("steps", "lighter", "outputs", "lighter"), "0" * 64, "…, but 000000000000… in the lock"),
     ],
 )
-def test_a_lock_with_additional_entries_is_refused(recipe, release, keys, value, named):
+def test_a_lock_with_other_or_additional_entries_is_refused(recipe, release, keys, value, named):
     run(recipe)
     change_lock(release, *keys, value=value)
     with pytest.raises(DriftError, match=re.escape(named)):
         run(recipe, RunOptions(locked=True))
 
 
-OTHER_LOCKS = ["# poetry\n[[package]]\n", '{"_meta": {}, "default": {}}', "12345\n", '["a"]', "[" * 100_000]
-
-
-@pytest.mark.parametrize("content", OTHER_LOCKS, ids=lambda content: content[:20])
+@pytest.mark.parametrize("content", ["# poetry\n[[package]]\n", '{"_meta": {}, "default": {}}', '["a"]'])
 def test_the_lock_of_a_different_program_is_not_replaced(recipe, release, content):
     (release / "recipe.lock").write_text(content)
     with pytest.raises(UsageError, match=r"recipe\.lock: is not a lock of adaptkit"):
@@ -489,8 +421,7 @@ def test_a_pipe_in_place_of_the_recipe_is_refused(run_cli, release):
     assert done.stderr.startswith(f"error: {release / 'pipe.yaml'}: is not a regular file\nhint: ")
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
-@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize(("make", "locked"), [(os.mkfifo, True), (Path.mkdir, False)], ids=["pipe", "folder"])
 def test_a_pipe_or_folder_in_place_of_the_lock_is_refused(recipe, release, make, locked):
     make(release / "recipe.lock")  # reading the pipe would block forever
     with pytest.raises(UsageError, match=r"recipe\.lock: is not a lock of adaptkit") as caught:
@@ -525,14 +456,13 @@ def test_a_failed_gate_stops_the_steps_that_need_it(recipe, release, edit):
         run(recipe)
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_a_source_that_adopt_would_refuse_is_refused_before_any_step_runs(recipe, release, edit, dry_run):
+def test_a_source_that_adopt_would_refuse_is_refused_before_any_step_runs(recipe, release, edit):
     adopt(release / "lora", release / "ours")
     edit("lora: {path: lora}", "lora: {path: ours}")
     edit("lighter: {resize: lora, rank: 2}", "again: {adopt: lora}\n  lighter: {resize: again, rank: 2}")
     started = []
     with pytest.raises(UsageError, match=r"^again: .*ours: already has a manifest, made by adopt"):
-        run(recipe, dry_run=dry_run, listener=Listener(started=started.append))
+        run(recipe, listener=Listener(started=started.append))
     assert started == []
 
 
@@ -552,13 +482,10 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(recipe, release, e
 
 @pytest.mark.parametrize("path", ["loop", "a" * 300], ids=["links in a circle", "too long"])
 def test_a_path_that_cannot_exist_is_an_error_at_its_place(release, recipe, edit, path):
-    for name in ("loop", "work"):
-        (release / name).symlink_to(name)
+    (release / "loop").symlink_to("loop")
     edit("{path: lora}", f"{{path: {path}}}")
     with pytest.raises(ConfigError, match=r"recipe\.yaml, line 4: sources\.lora\.path: does not exist"):
         run(recipe)
-    with pytest.raises(UsageError, match="work: is not a folder"):
-        run(recipe, RunOptions(work=release / "work"))
 
 
 def test_a_source_that_is_missing_or_of_the_wrong_kind_is_named_with_its_line(recipe, release, edit):
@@ -572,32 +499,20 @@ def test_a_source_that_is_missing_or_of_the_wrong_kind_is_named_with_its_line(re
 
 def test_a_source_of_a_kind_that_a_step_does_not_take_is_an_error_before_any_is_hashed(recipe, release, edit):
     begun = Listener(sought=lambda source: pytest.fail(source.name), started=lambda step: pytest.fail(step.name))
-    edit("merge: base", "merge: lora")
-    with pytest.raises(ConfigError, match=r"line 9: steps\.merged\.merge: 'lora' is an adapter; expected an unq"):
-        run(recipe, listener=begun)
-    edit("merge: lora", "merge: base")
     shutil.rmtree(release / "lora")
     quantize(release / "model", release / "lora")
     with pytest.raises(ConfigError, match=r"line 8: steps\.lighter\.resize: 'lora' is a quantized checkpoint; exp"):
         run(recipe, listener=begun)
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (
-            "train: small, data: [rows], method: full",
-            r"steps\.late\.train: 'small' is a quantized checkpoint; expected an",
-        ),
-        (
-            "train: model, data: [rows], method: qlora",
-            r"steps\.late\.train: 'model' is an unquantized checkpoint; expect",
-        ),
-        ("train: small, data: [model]", r"steps\.late\.data: 'model' is a folder; expected a file"),
+        ("train: small, data: [rows], method: full", "late.train: 'small' is a quantized checkpoint; expected an"),
+        ("train: small, data: [model]", "late.data: 'model' is a folder; expected a file"),
     ],
 )
-def test_a_source_that_training_does_not_take_is_an_error_before_any_is_hashed(release, step, message, dry_run):
+def test_a_source_that_training_does_not_take_is_an_error_before_any_is_hashed(release, step, message):
     quantize(release / "model", release / "small")
     (release / "rows").write_text("a text")
     names = [name for name in ("model", "small", "rows") if name in step]
@@ -606,33 +521,19 @@ def test_a_source_that_training_does_not_take_is_an_error_before_any_is_hashed(r
     (release / "other.yaml").write_text(f"name: full\nsources: {{{sources}}}\nsteps:\n{steps}")
     begun = Listener(sought=lambda source: pytest.fail(source.name), started=lambda step: pytest.fail(step.name))
     with pytest.raises(ConfigError, match=message):
-        run(release / "other.yaml", dry_run=dry_run, listener=begun)
+        run(release / "other.yaml", listener=begun)
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize(
-    ("adopted", "old", "new", "message"),
-    [
-        ("lora", "merge: base", "merge: ours", r"line 10: steps\.merged\.merge: 'ours' is an adapter; expected an unq"),
-        ("base", "resize: lora", "resize: ours", r"line 9: steps\.lighter\.resize: 'ours' is an unquantized checkp"),
-    ],
-)
-def test_an_adopted_artifact_is_of_the_kind_of_its_source(recipe, edit, adopted, old, new, message, dry_run):
-    edit("steps:", f"steps:\n  ours: {{adopt: {adopted}}}")
-    edit(old, new)
+def test_an_adopted_artifact_is_of_the_kind_of_its_source(recipe, edit):
+    edit("steps:", "steps:\n  ours: {adopt: base}")
+    edit("resize: lora", "resize: ours")
     edit("adapters: [lighter]", "adapters: [lighter, lora]")
-    with pytest.raises(ConfigError, match=message):
-        run(recipe, dry_run=dry_run, listener=Listener(started=lambda step: pytest.fail(step.name)))
+    with pytest.raises(ConfigError, match=r"line 9: steps\.lighter\.resize: 'ours' is an unquantized checkp"):
+        run(recipe, dry_run=True)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_folder_that_holds_both_an_adapter_and_a_checkpoint_is_taken_as_either(
-    recipe, release, edit, llama_sharded, sharded
-):
+def test_a_folder_that_holds_both_an_adapter_and_a_checkpoint_is_taken_as_either(recipe, release, edit):
     """Some trainers save an adapter beside the weights of the whole model."""
-    if sharded:
-        shutil.rmtree(release / "model")
-        shutil.copytree(llama_sharded, release / "model")
     for path in (release / "lora").glob("adapter_*"):
         shutil.copy(path, release / "model")
     edit("  lora: {path: lora}\nsteps:", "steps:\n  ours: {adopt: base}")
@@ -641,13 +542,11 @@ def test_a_folder_that_holds_both_an_adapter_and_a_checkpoint_is_taken_as_either
     assert set(done(run(recipe))) == {"ours", *ALL}
 
 
-@pytest.mark.parametrize("sharded", [False, True])
 def test_an_adapter_config_beside_a_checkpoint_matters_only_to_a_step_that_takes_the_adapter(
-    recipe, release, edit, llama_sharded, sharded
+    recipe, release, edit, llama_sharded
 ):
-    if sharded:
-        shutil.rmtree(release / "model")
-        shutil.copytree(llama_sharded, release / "model")
+    shutil.rmtree(release / "model")
+    shutil.copytree(llama_sharded, release / "model")
     shutil.copy(release / "lora" / "adapter_config.json", release / "model")
     assert done(run(recipe)) == ALL
     edit("resize: lora", "resize: base")
@@ -656,14 +555,6 @@ def test_an_adapter_config_beside_a_checkpoint_matters_only_to_a_step_that_takes
     with pytest.raises(AdapterError, match=message) as caught:
         run(recipe)
     assert caught.value.hint.startswith("if the folder holds a checkpoint only, remove adapter_config.json; otherwise ")
-
-
-def test_a_source_whose_kind_cannot_be_found_is_an_error_that_names_the_step(recipe, release):
-    shutil.rmtree(release / "model")
-    (release / "model").mkdir()
-    (release / "model" / MANIFEST_NAME).write_bytes(Manifest("checkpoint", {"name": "pull"}, (), ()).to_bytes())
-    with pytest.raises(CheckpointError, match=r"^small: .*model: not a checkpoint"):
-        run(recipe)
 
 
 def test_a_source_with_a_manifest_is_compared_with_it(recipe, release, tmp_path):
@@ -687,17 +578,10 @@ def test_an_error_of_an_operation_names_the_step(recipe, edit):
     assert caught.value.hint
 
 
-def test_a_merge_that_gives_the_base_says_so(recipe, edit):
-    edit("{merge: base, adapters", "{merge: base, weights: [0], adapters")
-    (figure,) = [step.figure for step in run(recipe).steps if step.name == "merged"]
-    assert figure.endswith("but no weight moved: the result is the base")
-
-
 @pytest.mark.parametrize(
     ("step", "message", "hint"),
     [
         ("{train: fp8, data: [rows]}", "late: .*: is quantized with fp8, which this step", "dequantize step"),
-        ("{evaluate: fp8, data: [rows]}", "late: .*: is quantized with fp8", "dequantize step"),
         ("{evaluate: plain, text: [rows], reference: fp8}", "late: .*: is quantized with fp8", "dequantize step"),
         ("{merge: fp8, adapters: [lora]}", "'fp8' is a released checkpoint", "add a dequantize step"),
         ("{publish: fp8, repo: a/b}", "late: .*: has no manifest", "add an adopt step"),
@@ -749,13 +633,11 @@ def test_the_hint_for_a_foreign_folder_in_the_work_folder_is_to_change_work(reci
     assert caught.value.hint.endswith("choose another --work")
 
 
-@pytest.mark.parametrize("inside", [".", "work"])
-def test_a_work_folder_in_a_source_is_refused_before_anything_is_written_there(recipe, release, inside):
+def test_a_work_folder_in_a_source_is_refused_before_anything_is_written_there(recipe, release):
     before = sorted((release / "model").rglob("*"))
-    for dry_run in (True, False):
-        with pytest.raises(ConfigError, match=r"sources\.\w+\.path: contains the work folder") as caught:
-            run(recipe, RunOptions(work=release / "model" / inside), dry_run=dry_run)
-        assert caught.value.hint == "choose another --work"
+    with pytest.raises(ConfigError, match=r"sources\.\w+\.path: contains the work folder") as caught:
+        run(recipe, RunOptions(work=release / "model" / "work"))
+    assert caught.value.hint == "choose another --work"
     assert sorted((release / "model").rglob("*")) == before
 
 
@@ -809,16 +691,6 @@ def test_a_disk_without_locks_is_reported(recipe, monkeypatch):
     with pytest.raises(UsageError, match="its disk does not support locks") as caught:
         run(recipe)
     assert "--work" in caught.value.hint
-
-
-def test_a_blocking_io_error_of_a_step_is_not_taken_for_a_second_run(recipe):
-    """Writing to a full non-blocking pipe raises it."""
-
-    def full_pipe(step):
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    with pytest.raises(BlockingIOError):
-        run(recipe, listener=Listener(started=full_pipe))
 
 
 def test_a_key_that_no_step_of_this_run_needs_is_refused(recipe, edit, tmp_path):

@@ -27,6 +27,7 @@ sources:
   lora: {path: lora}
   text: {path: text.txt}
   rows: {path: rows.jsonl}
+  more: {path: more.jsonl}
   words: {path: mine.jinja}
 steps:
   small:
@@ -60,9 +61,7 @@ steps:
     device: cpu
     require: {loss: {min: 0, max: 9}, text.kl_divergence: {max: 1}, text.reference_loss: {min: 1}}
   loads: {check: found, base: base, target: [peft, vllm]}
-""".replace("  rows: {path: rows.jsonl}\n", "  rows: {path: rows.jsonl}\n  more: {path: more.jsonl}\n")
-
-
+"""
 TEMPLATE = "{% for message in messages %}[{{ message.content }}<|im_end|>{% endfor %}"
 
 
@@ -167,13 +166,6 @@ def test_a_step_runs_again_if_one_of_its_two_artifacts_is_missing(ran):
     assert next(step.outputs for step in again.steps if step.name == "small") == (base, companion)
 
 
-NEEDY = [
-    "{train: base, data: [rows]}",
-    "{evaluate: base, data: [rows]}",
-    "{quantize: base, calibration: {files: [rows]}}",
-]
-
-
 def test_the_docs_list_every_key_of_every_step():
     """Except for train, which is documented on a separate page."""
     before_runs, _, _ = (ROOT / "docs" / "release.md").read_text().partition("\n## A run\n")
@@ -202,7 +194,6 @@ def test_the_docs_list_every_key_of_the_report():
     ("value", "limits", "told"),
     [
         (2.50001, {"max": 2.5}, "loss is 2.50001; required: at most 2.5"),
-        (2.6, {"max": 2.5}, "loss is 2.6000; required: at most 2.5"),
         (0.12345, {"min": 0.1234567}, "loss is 0.12345; required: at least 0.1234567"),
         (float("nan"), {"min": 1, "max": 2}, "loss is nan; required: at least 1, at most 2"),
     ],
