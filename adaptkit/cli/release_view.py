@@ -6,30 +6,30 @@ from typing import TYPE_CHECKING
 from adaptkit.cli.output import aligned, branches, size
 
 if TYPE_CHECKING:
-    from adaptkit.pipeline.run import RunReport, SourceReport, StepReport
+    from adaptkit.pipeline.run import InputReport, RunReport, StepResult
 
 _HEADINGS = ("step", "kind", "state", "seconds", "result")
 _DRY_RUN = {"to do": "would run", "may follow": "would run if its inputs change"}
 
 
-def source_text(source: "SourceReport") -> str:
+def source_text(source: "InputReport") -> str:
     """Describe a source in a few words."""
     commit = f", commit {source.commit[:12]}" if source.commit else ""
     return f"{source.what}{commit}, {size(source.bytes)}" + ("" if source.is_here else ", not downloaded yet")
 
 
-def step_text(step: "StepReport") -> str:
+def step_text(step: "StepResult") -> str:
     """Describe a step's result in one line."""
     took = f" in {step.seconds:.1f} s" if step.state == "done" else ""
     return f"{step.kind}: {_DRY_RUN.get(step.state, step.state)}{took}" + (f", {step.figure}" if step.figure else "")
 
 
-def table(steps: Sequence["StepReport"]) -> Iterator[str]:
+def table(steps: Sequence["StepResult"]) -> Iterator[str]:
     """Yield a table with a line for each step."""
     return aligned([_HEADINGS, *map(_cells, steps)], right=(_HEADINGS.index("seconds"),))
 
 
-def _cells(step: "StepReport") -> tuple[str, str, str, str, str]:
+def _cells(step: "StepResult") -> tuple[str, str, str, str, str]:
     return step.name, step.kind, step.state, f"{step.seconds:.1f}" if step.state == "done" else "", step.figure
 
 
@@ -59,7 +59,7 @@ def tree(report: "RunReport") -> Iterator[str]:
     return aligned(rows)
 
 
-def summary(name: str, sources: Sequence["SourceReport"], steps: Sequence["StepReport"], ending: str) -> str:
+def summary(name: str, sources: Sequence["InputReport"], steps: Sequence["StepResult"], ending: str) -> str:
     """Return a Markdown page on a run.
 
     Args:

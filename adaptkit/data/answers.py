@@ -51,7 +51,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerSpan:
     """Place of an assistant turn in a text, as character offsets: ``start <= words <= said <= end``.
 
     Attributes:
@@ -67,7 +67,7 @@ class Answer:
     end: int
 
 
-def find_answer(messages: Sequence[Message], turn: int, before: str, through: str, ending: Ending) -> Answer | None:
+def find_answer(messages: Sequence[Message], turn: int, before: str, through: str, ending: Ending) -> AnswerSpan | None:
     """Locate an answer, ``messages[turn]``, in the text of a conversation that ends with it.
 
     Args:
@@ -97,7 +97,7 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
 
 def answer_as_asked(
     messages: Sequence[Message], turn: int, before: str, asked: str, answered: str, ending: Ending
-) -> tuple[str, Answer]:
+) -> tuple[str, AnswerSpan]:
     """Join a prompt and its answer, for templates that change the prompt once the answer follows.
 
     Args:
@@ -141,7 +141,7 @@ def answer_as_asked(
     return before + said + answered[ending.said :], _placed(messages, turn, before, said, ending)
 
 
-def _placed(messages: Sequence[Message], turn: int, before: str, said: str, ending: Ending) -> Answer:
+def _placed(messages: Sequence[Message], turn: int, before: str, said: str, ending: Ending) -> AnswerSpan:
     """Return the place of an answer with the rendered content ``said``; it must continue the prompt's reasoning."""
     content, start = content_with_reasoning(messages[turn]), len(before)
     if content.startswith("<think>") and said.rstrip().endswith(content) and "think" in _kinds(_lead(said, content)):
@@ -152,7 +152,7 @@ def _placed(messages: Sequence[Message], turn: int, before: str, said: str, endi
         _check_continued(last, said, content, turn)
     kept = len(said.rstrip()) if content else len(said)
     words, end = min(kept, len(said) - ending.marks), len(said) + ending.rest
-    return Answer(start, start + words, start + kept, start + end)
+    return AnswerSpan(start, start + words, start + kept, start + end)
 
 
 def _check_continued(last: re.Match[str], said: str, content: str, turn: int) -> None:

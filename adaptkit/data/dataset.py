@@ -125,7 +125,7 @@ def load_data(
         DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
             line), or nothing to learn.
     """
-    reader = _Reader(tokenizer, Encoder(tokenizer, loss_on), max_length, too_long, context, known)
+    reader = _RowReader(tokenizer, Encoder(tokenizer, loss_on), max_length, too_long, context, known)
     data = reader.data
     data.sources = tuple(reader.read(source, number, layout) for number, source in enumerate(sources))
     if not data.samples:
@@ -137,7 +137,7 @@ def load_data(
     return data
 
 
-class _Reader:
+class _RowReader:
     """Reads sources into ``data``: encodes rows, cuts or drops samples that are too long, and counts them."""
 
     def __init__(

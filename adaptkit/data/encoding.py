@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from adaptkit.data.answers import (
-    Answer,
+    AnswerSpan,
     answer_as_asked,
     check_answers,
     check_questions,
@@ -79,7 +79,7 @@ class Rendered:
     """
 
     text: str
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerSpan, ...]
     learned: bool
     begins: bool
     ends: bool
@@ -159,7 +159,7 @@ class Encoder:
         messages, learned, tools = self.read(example), self.learned(example), example.tools
         is_all, plain = self._loss_on == "all", self._tokenizer.chat_template is None
         whole = render(messages, self._tokenizer, tools)
-        found: list[tuple[Answer | None, str, str]] = []
+        found: list[tuple[AnswerSpan | None, str, str]] = []
         for turn in (turn for turn, message in enumerate(messages) if turn in learned or CALLS in message):
             before = render(messages[:turn], self._tokenizer, tools, opening=True)
             is_last = turn + 1 == len(messages)
@@ -191,7 +191,7 @@ class Encoder:
             texts.append(Rendered(self._ended(text, answer), (answer,), False, plain, True))
         return texts
 
-    def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
+    def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, AnswerSpan]:
         """Return text and place of an answer whose prompt the template changes once the answer follows."""
         alone = _with_question(messages, turn)
         asked = render(alone[:-1], self._tokenizer, tools, opening=True)
@@ -199,14 +199,14 @@ class Encoder:
         ending = self._turns.ending(messages[turn], answered, tools)
         return answer_as_asked(messages, turn, before, asked, answered, ending)
 
-    def _ended(self, text: str, answer: Answer) -> str:
+    def _ended(self, text: str, answer: AnswerSpan) -> str:
         """Cut off what the template puts after the last answer, unless it has an end token, since one replaces it.
 
         It is cut before tokenization, where one token may span the answer's end.
         """
         return text if self._turns.has_end(text[answer.words : answer.end]) else text[: answer.said]
 
-    def _closed(self, text: str, answer: Answer) -> Answer:
+    def _closed(self, text: str, answer: AnswerSpan) -> AnswerSpan:
         """Extend an answer by an end token that the template adds only before the next message, as Apertus's does."""
         end = self._tokenizer.eos_token
         if end and text.startswith(end, answer.end) and not self._turns.has_end(text[answer.words : answer.end]):
@@ -247,7 +247,7 @@ class Encoder:
             ids, labels = self._begin + ids, array("i", [IGNORED]) * len(self._begin) + labels
         return Sample(ids, labels, where), added and bool(spans)
 
-    def _end(self, tokens: list[int], places: list[tuple[int, int]], answer: Answer, base: int) -> tuple[int, bool]:
+    def _end(self, tokens: list[int], places: list[tuple[int, int]], answer: AnswerSpan, base: int) -> tuple[int, bool]:
         """Return the end of an answer's tokens (exclusive), and whether the last of them ends the turn.
 
         What the template puts after the end of the turn is not learned.

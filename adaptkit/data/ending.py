@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config, text_config
-from adaptkit.data.answers import Answer, Ending, closes_a_turn, ended_late, lines, shared
+from adaptkit.data.answers import AnswerSpan, Ending, closes_a_turn, ended_late, lines, shared
 from adaptkit.data.messages import Message, content_with_reasoning
 from adaptkit.data.rendering import render
 from adaptkit.data.tokenizer_files import tokens_in
@@ -46,7 +46,7 @@ class Turns:
         said_to = len(text) if at < 0 else at + len(last)
         return Ending(said_to, 0, len(text) - said_to)
 
-    def check_opening(self, message: Message, tools: Tools, before: str, text: str, answer: Answer | None) -> None:
+    def check_opening(self, message: Message, tools: Tools, before: str, text: str, answer: AnswerSpan | None) -> None:
         """Refuse an answer that begins with the end of its question: at inference, the model would end its turn there.
 
         Args:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.pipeline.recipe import Recipe, Source, Step
+from adaptkit.pipeline.recipe import Source, Step
 from adaptkit.pipeline.steps._kind import Facts
 
 
 @dataclass(frozen=True)
-class SourceReport:
+class InputReport:
     """A source that was found.
 
     Attributes:
@@ -47,7 +47,7 @@ class OutputReport:
 
 
 @dataclass(frozen=True)
-class StepReport:
+class StepResult:
     """The result of a step.
 
     Attributes:
@@ -96,8 +96,8 @@ class RunReport:
     name: str
     lock: str
     lock_state: str
-    sources: tuple[SourceReport, ...]
-    steps: tuple[StepReport, ...]
+    sources: tuple[InputReport, ...]
+    steps: tuple[StepResult, ...]
     seconds: float
 
 
@@ -106,24 +106,18 @@ class Listener:
     """Callbacks for the events of a run.
 
     Attributes:
-        begun: called with the recipe at the start.
-        sought: called with each source before it is looked for.
+        started: called with each source before it is looked for, and each step before it runs; not for kept steps.
         source_progress: called with (done, total) bytes of the source, first downloaded, then hashed.
-        found: called with each source's report.
-        started: called with each step before it runs; not for kept steps.
         progress: called with the progress (done, total) of the running step.
         note: called with a one-line message for the user.
-        ended: called with each step's report, also for kept steps and failed gates.
+        ended: called with each report of a source or step, also for kept steps and failed gates.
     """
 
-    begun: Callable[[Recipe], None] = lambda _: None
-    sought: Callable[[Source], None] = lambda _: None
+    started: Callable[[Source | Step], None] = lambda _: None
     source_progress: Progress = no_progress
-    found: Callable[[SourceReport], None] = lambda _: None
-    started: Callable[[Step], None] = lambda _: None
     progress: Progress = no_progress
     note: Callable[[str], None] = lambda _: None
-    ended: Callable[[StepReport], None] = lambda _: None
+    ended: Callable[[InputReport | StepResult], None] = lambda _: None
 
     def note_of(self, step: Step) -> Callable[[str], None]:
         """Return a callback that passes a step's messages to ``note``, with its name and the recipe's keys in them."""

@@ -20,12 +20,12 @@ from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.options import RunOptions
 from adaptkit.pipeline.reading import read_recipe
 from adaptkit.pipeline.recipe import Recipe, Source, Step
-from adaptkit.pipeline.report import Listener, OutputReport, RunReport, SourceReport, StepReport
-from adaptkit.pipeline.sources import Hashes, Location, Material, check_apart, digest_of, locate, resolve
+from adaptkit.pipeline.report import InputReport, Listener, OutputReport, RunReport, StepResult
+from adaptkit.pipeline.sources import Hashes, Location, StepInput, check_apart, digest_of, locate, resolve
 from adaptkit.pipeline.steps._kind import Work
 from adaptkit.pipeline.work import HASHES_NAME, WORK_NAME, Record, WorkFolder, step_key
 
-__all__ = ["Listener", "OutputReport", "RunReport", "SourceReport", "StepReport", "run"]
+__all__ = ["InputReport", "Listener", "OutputReport", "RunReport", "StepResult", "run"]
 
 
 def run(
@@ -76,7 +76,7 @@ class _Run:
         self.work = WorkFolder(root, options.verify)
         check_apart(recipe.sources.values(), self._folder, root)
         self._hashes = Hashes(self.work.root / HASHES_NAME, fresh=options.verify)
-        self._materials: dict[str, Material] = {}
+        self._materials: dict[str, StepInput] = {}
         self._with_card = {name for step in recipe.steps.values() for taken, name in step.takes() if taken.with_card}
         self._lock = Lock(recipe, options.locked)
         self._signer = options.signer or Signer()
@@ -85,7 +85,6 @@ class _Run:
     def all(self) -> RunReport:
         """Find the sources and run the steps; in a dry run, only report."""
         began = time.monotonic()
-        self._listener.begun(self._recipe)
         sources = tuple(self._find_sources())
         steps = tuple(self._plan(step) if self._dry_run else self._do(step) for step in self._steps)
         state = "kept"
@@ -112,7 +111,7 @@ class _Run:
                 self._lock.add(step.written, "steps", step.name, "recipe")
                 self._lock.add(key, "steps", step.name, "key")
 
-    def _find_sources(self) -> list[SourceReport]:
+    def _find_sources(self) -> list[InputReport]:
         """Find and hash the sources; local ones are checked before anything is downloaded or hashed."""
         note, offline = self._listener.note, self._options.offline
         located: dict[str, Location] = {}
@@ -129,8 +128,8 @@ class _Run:
         check_sources(self._recipe, self._steps, fetched)
         return reports
 
-    def _find_source(self, source: Source, location: Location) -> SourceReport:
-        self._listener.sought(source)
+    def _find_source(self, source: Source, location: Location) -> InputReport:
+        self._listener.started(source)
         found = resolve(
             source,
             location,
@@ -143,7 +142,7 @@ class _Run:
         self._materials[source.name] = found
         if found.path is not None:
             self._lock.add(found.locked, "sources", source.name)
-        report = SourceReport(
+        report = InputReport(
             name=source.name,
             what=str(source),
             commit=found.locked.get("commit"),
@@ -151,10 +150,10 @@ class _Run:
             bytes=found.nbytes,
             is_here=found.path is not None,
         )
-        self._listener.found(report)
+        self._listener.ended(report)
         return report
 
-    def _plan(self, step: Step) -> StepReport:
+    def _plan(self, step: Step) -> StepResult:
         """Return a report of what a run would do with the step."""
         key = step_key(step, self._materials)
         if key is None:
@@ -173,7 +172,7 @@ class _Run:
         figure = f"{record.figure}; the run would stop here: {judgement}" if judgement else record.figure
         return self._report(step, "kept", figure=figure, key=key, outputs=outputs, facts=record.facts)
 
-    def _do(self, step: Step) -> StepReport:
+    def _do(self, step: Step) -> StepResult:
         """Run a step, or keep its outputs of an earlier run, and judge it if it is a gate."""
         began, key = time.monotonic(), step_key(step, self._materials)
         if key is None:
@@ -273,14 +272,14 @@ class _Run:
         reports = []
         for name, digest in outputs.items():
             path, nbytes = self.work.output(record.key, name), self.work.nbytes(record.key, name)
-            self._materials[name] = Material(path, digest, nbytes, {})
+            self._materials[name] = StepInput(path, digest, nbytes, {})
             reports.append(OutputReport(name, str(path), nbytes, digest))
         return tuple(reports)
 
-    def _report(self, step: Step, state: str, **more: Any) -> StepReport:
+    def _report(self, step: Step, state: str, **more: Any) -> StepResult:
         taken = dict.fromkeys(name for _, name in step.takes())
-        return StepReport(step.name, step.kind, tuple(taken), step.needs, tuple(step.makes), state, **more)
+        return StepResult(step.name, step.kind, tuple(taken), step.needs, tuple(step.makes), state, **more)
 
 
-def _paths(located: Mapping[str, Location | Material]) -> dict[str, Path]:
+def _paths(located: Mapping[str, Location | StepInput]) -> dict[str, Path]:
     return {name: place.path for name, place in located.items() if place.path is not None}

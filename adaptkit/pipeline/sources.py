@@ -34,7 +34,7 @@ _FRESH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Material:
+class StepInput:
     """A source, or a step's output, as the input of other steps.
 
     Attributes:
@@ -190,7 +190,7 @@ def resolve(
     fetch: bool,
     progress: Progress,
     note: Callable[[str], None],
-) -> Material:
+) -> StepInput:
     """Download a source if it is a repository, and hash it.
 
     Args:
@@ -216,16 +216,16 @@ def resolve(
         else:
             path, nbytes = find_complete(repo, commit, note)
             if path is None:
-                return Material(None, None, nbytes, locked)
+                return StepInput(None, None, nbytes, locked)
     if path.is_dir():
         digest, nbytes, found = _folder(path, hashes, with_card, progress)
-        return Material(path, digest, nbytes, locked | found)
+        return StepInput(path, digest, nbytes, locked | found)
     (digest,) = hashes.all_sha256([path], progress)
-    return Material(path, digest, path.stat().st_size, locked | {"sha256": digest})
+    return StepInput(path, digest, path.stat().st_size, locked | {"sha256": digest})
 
 
 def digest_of(path: Path, hashes: Hashes, *, with_card: bool) -> str:
-    """Return the digest of a source's present content; see ``Material``.
+    """Return the digest of a source's present content; see ``StepInput``.
 
     Raises:
         IntegrityError: it does not match its manifest, or does not exist any more.

@@ -29,7 +29,7 @@ from adaptkit.checkpoint.writer import disk_errors, make_folder, replace_file
 from adaptkit.errors import ConflictError, IntegrityError, UsageError
 from adaptkit.machine import processor_count
 from adaptkit.pipeline.recipe import Step
-from adaptkit.pipeline.sources import Material
+from adaptkit.pipeline.sources import StepInput
 from adaptkit.pipeline.steps._kind import Facts
 
 WORK_NAME = ".adaptkit"
@@ -177,7 +177,7 @@ class WorkFolder:
         return self.root / key[:_KEY_LETTERS] / f"{step.name}.json"
 
 
-def step_key(step: Step, materials: Mapping[str, Material]) -> str | None:
+def step_key(step: Step, materials: Mapping[str, StepInput]) -> str | None:
     """Hash a step's kind and options, adaptkit's version, and the content of its inputs.
 
     Args:

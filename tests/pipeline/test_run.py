@@ -37,7 +37,8 @@ from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.verify import verify
-from adaptkit.pipeline.run import Listener, RunOptions, run
+from adaptkit.pipeline.recipe import Step
+from adaptkit.pipeline.run import InputReport, Listener, RunOptions, run
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ["small", "plain", "lighter", "merged", "loads"]
@@ -245,7 +246,7 @@ def test_a_damaged_artifact_is_noticed_and_made_again(release, recipe, how):
 def test_notes_of_a_step_begin_with_its_name_and_name_its_keys(recipe):
     notes = []
     said = "in/a--threads: give --max-shard-bytes or --embed-adapter, or run: adaptkit merge A B -o C --embed-adapter"
-    listener = Listener(started=lambda step: listener.note_of(step)(said), note=notes.append)
+    listener = Listener(started=lambda part: isinstance(part, Step) and listener.note_of(part)(said), note=notes.append)
     run(recipe, listener=listener)
     own = dict.fromkeys(("small", "plain"), said.replace("--max-shard-bytes", "max_shard_bytes"))
     own |= {"merged": said.replace("--embed-adapter", "embed_adapter", 1)}
@@ -307,13 +308,13 @@ def test_a_damaged_record_makes_only_its_own_step_run_again(release, recipe, con
 def test_progress_of_reading_sources_is_reported(recipe):
     told = []
     listener = Listener(
-        sought=lambda source: told.append([source.name]),
+        started=lambda part: told.append([part.name]),
         source_progress=lambda done, total: told[-1].append((done, total)),
-        found=lambda source: told[-1].append(source.bytes),
+        ended=lambda report: isinstance(report, InputReport) and told[-1].append(report.bytes),
     )
     run(recipe, RunOptions(until="lighter"), listener=listener)
-    assert [name for name, *_ in told] == ["base", "lora"]
-    for _, *read, nbytes in told:
+    assert [name for name, *_ in told] == ["base", "lora", "lighter"]
+    for _, *read, nbytes in told[:2]:
         assert (nbytes, nbytes) in read
         assert all(0 < done <= total for done, total in read)
 
@@ -498,7 +499,7 @@ def test_a_source_that_is_missing_or_of_the_wrong_kind_is_named_with_its_line(re
 
 
 def test_a_source_of_a_kind_that_a_step_does_not_take_is_an_error_before_any_is_hashed(recipe, release, edit):
-    begun = Listener(sought=lambda source: pytest.fail(source.name), started=lambda step: pytest.fail(step.name))
+    begun = Listener(started=lambda part: pytest.fail(part.name))
     shutil.rmtree(release / "lora")
     quantize(release / "model", release / "lora")
     with pytest.raises(ConfigError, match=r"line 8: steps\.lighter\.resize: 'lora' is a quantized checkpoint; exp"):
@@ -519,7 +520,7 @@ def test_a_source_that_training_does_not_take_is_an_error_before_any_is_hashed(r
     sources = ", ".join(f"{name}: {{path: {name}}}" for name in ("lora", *names))
     steps = f"  first: {{resize: lora, rank: 2}}\n  late: {{{step}}}\n"
     (release / "other.yaml").write_text(f"name: full\nsources: {{{sources}}}\nsteps:\n{steps}")
-    begun = Listener(sought=lambda source: pytest.fail(source.name), started=lambda step: pytest.fail(step.name))
+    begun = Listener(started=lambda part: pytest.fail(part.name))
     with pytest.raises(ConfigError, match=message):
         run(release / "other.yaml", listener=begun)
 

@@ -16,7 +16,8 @@ from adaptkit.operations.verify import verify
 from adaptkit.pipeline import steps as registry
 from adaptkit.pipeline.artifact import kind_of
 from adaptkit.pipeline.reading import read_recipe
-from adaptkit.pipeline.run import Listener, OutputReport, RunReport, SourceReport, StepReport, run
+from adaptkit.pipeline.recipe import Step
+from adaptkit.pipeline.run import InputReport, Listener, OutputReport, RunReport, StepResult, run
 from adaptkit.pipeline.steps.evaluate import KIND, EvaluateStep, Limits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,13 +143,14 @@ def test_the_notes_of_operations_are_passed_on_with_the_steps_name(tmp_path, lla
 def test_a_figure_beyond_a_changed_limit_fails_the_gate_without_being_measured_again(ran):
     folder, report = ran
     path, begun, ended = folder / "strict.yaml", [], []
-    listener = Listener(started=lambda step: begun.append(step.name), ended=ended.append)
+    listener = Listener(started=begun.append, ended=ended.append)
     (measured,) = (folder / ".adaptkit").glob("*/measured.json")
     before = measured.stat()
     path.write_text(RECIPE.replace("text.kl_divergence: {max: 1}", "text.kl_divergence: {max: 0}"))
     with pytest.raises(GateError, match=r"text\.kl_divergence is 0\.\d{4}; required: at most 0"):
         run(path, listener=listener)
-    assert begun == []
+    ended = [result for result in ended if isinstance(result, StepResult)]
+    assert not any(isinstance(part, Step) for part in begun)
     earlier = [step.name for step in report.steps]
     assert [step.name for step in ended] == earlier[: earlier.index("measured") + 1]
     assert {step.state for step in ended[:-1]} == {"kept"}
@@ -185,7 +187,7 @@ def test_the_docs_list_every_key_of_the_report():
     rows = dict(re.findall(r"^\| (`[^|]*) \| (.*) \|$", section, re.MULTILINE))
     listed = {key: value for keys, value in rows.items() for key in re.findall(r"`(\w+)`", keys)}
     assert set(listed) == {field.name for field in fields(RunReport)}
-    for key, kinds in ("sources", (SourceReport,)), ("steps", (StepReport, OutputReport)):
+    for key, kinds in ("sources", (InputReport,)), ("steps", (StepResult, OutputReport)):
         missing = {field.name for kind in kinds for field in fields(kind)} - set(re.findall(r"`(\w+)`", listed[key]))
         assert not missing, key
 

@@ -19,8 +19,8 @@ from adaptkit.hub.secrets import redact
 from adaptkit.pipeline.options import RunOptions
 
 if TYPE_CHECKING:
-    from adaptkit.pipeline.recipe import Recipe, Source, Step
-    from adaptkit.pipeline.run import Listener, RunReport, SourceReport, StepReport
+    from adaptkit.pipeline.recipe import Source, Step
+    from adaptkit.pipeline.run import InputReport, RunReport, StepResult
 
 
 @click.command()
@@ -66,19 +66,20 @@ def command(
     from adaptkit.training.product_cache import limit_product_cache
 
     limit_product_cache()
-    from adaptkit.pipeline.run import RunReport, run
+    from adaptkit.pipeline.run import Listener, RunReport, run
 
     if output_file:
         check_report_file(output_file, RunReport)
     signer = None if key is None else signer_with(key)
     watch = _Watch(hidden=as_json or quiet, quiet=quiet)
-    with watch.listening() as listener, _failure_added(recipe, page, watch):
+    listener = Listener(watch.started, watch.bar.update, watch.bar.update, watch.bar.note, watch.ended)
+    with _failure_added(recipe, page, watch):
         report = run(recipe, chosen(RunOptions, options, signer=signer), dry_run=dry_run, listener=listener)
     written: list[Callable[[], None]] = []
     if output_file and not dry_run:
         written.append(partial(write_report, report, output_file))
     if page is not None:
-        written.append(partial(_add, page, summary(watch.name, watch.sources, watch.steps, "All steps are done.")))
+        written.append(partial(_add, page, summary(report.name, watch.sources, watch.steps, "All steps are done.")))
     above = tree(report) if dry_run else table(report.steps)
     in_turn(*written, partial(show, report, _rows(report, dry_run), as_json=as_json, quiet=quiet, above=above))
 
@@ -103,7 +104,7 @@ def _from_environment() -> Path | None:
 
 @contextmanager
 def _failure_added(recipe: Path, page: Path | None, watch: "_Watch") -> Iterator[None]:
-    """Append a summary page to a file if the block fails for any reason."""
+    """Remove the bar after the block; append a summary page to a file if it fails for any reason."""
     try:
         yield
     except BaseException as error:
@@ -111,10 +112,12 @@ def _failure_added(recipe: Path, page: Path | None, watch: "_Watch") -> Iterator
             said = redact(error.message if isinstance(error, AdaptkitError) else str(error))
             ending = f"Stopped: {said}" if said else "Stopped."
             try:
-                _add(page, summary(watch.name or recipe.name, watch.sources, watch.steps, ending))
+                _add(page, summary(recipe.name, watch.sources, watch.steps, ending))
             except AdaptkitError as also:  # it must not hide the error that stopped the run
                 watch.bar.note(f"warning: {also.message}")
         raise
+    finally:
+        watch.bar.stop()
 
 
 def _add(page: Path, text: str) -> None:
@@ -134,49 +137,28 @@ class _Watch:
     def __init__(self, hidden: bool, quiet: bool) -> None:
         self._hidden = hidden
         self.bar = Bar("", hidden, ("TaskProgressColumn",), quiet)
-        self.name = ""
-        self.sources: list[SourceReport] = []
-        self.steps: list[StepReport] = []
+        self.sources: list[InputReport] = []
+        self.steps: list[StepResult] = []
 
-    @contextmanager
-    def listening(self) -> "Iterator[Listener]":
-        """Yield a listener; during the block, a terminal shows a bar for the current source or step."""
-        from adaptkit.pipeline.run import Listener
+    def started(self, part: "Source | Step") -> None:
+        """Show a bar for a source or step, or say that the step runs."""
+        from adaptkit.pipeline.recipe import Step
 
-        try:
-            yield Listener(
-                begun=self._begun,
-                sought=self._sought,
-                source_progress=self.bar.update,
-                found=self._found,
-                started=self._started,
-                progress=self.bar.update,
-                note=self.bar.note,
-                ended=self._ended,
-            )
-        finally:
-            self.bar.stop()
-
-    def _begun(self, recipe: "Recipe") -> None:
-        self.name = recipe.name
-
-    def _sought(self, source: "Source") -> None:
-        self.bar.start(f"{source.name}: {source}")
-
-    def _found(self, source: "SourceReport") -> None:
-        self.bar.stop()
-        self.sources.append(source)
-        self._say(f"{source.name}: {source_text(source)}")
-
-    def _started(self, step: "Step") -> None:
-        label = f"{step.name}: {step.kind}"
-        if not self.bar.start(label):
+        label = f"{part.name}: {part.kind if isinstance(part, Step) else part}"
+        if not self.bar.start(label) and isinstance(part, Step):
             self._say(f"{label}: running")
 
-    def _ended(self, step: "StepReport") -> None:
+    def ended(self, report: "InputReport | StepResult") -> None:
+        """Say what a source is, or what a step did."""
+        from adaptkit.pipeline.report import StepResult
+
         self.bar.stop()
-        self.steps.append(step)
-        self._say(f"{step.name}: {step_text(step)}")
+        if isinstance(report, StepResult):
+            self.steps.append(report)
+            self._say(f"{report.name}: {step_text(report)}")
+        else:
+            self.sources.append(report)
+            self._say(f"{report.name}: {source_text(report)}")
 
     def _say(self, text: str) -> None:
         if not self._hidden:

@@ -18,7 +18,7 @@ from adaptkit.cli.output import check_page
 from adaptkit.cli.pages.page import render
 from adaptkit.cli.release_view import summary
 from adaptkit.errors import UsageError
-from adaptkit.pipeline.report import OutputReport, SourceReport, StepReport
+from adaptkit.pipeline.report import InputReport, OutputReport, StepResult
 
 ROOT = Path(__file__).resolve().parents[3]
 HOSTILE = (
@@ -111,11 +111,11 @@ def test_a_browser_blocks_scripts_and_images_that_are_not_the_pages_own(tmp_path
 
 def test_names_in_the_summary_of_a_run_stay_text_in_their_cells():
     evil = "a | b\n<b>[x](y) @all \\ `"
-    step = StepReport(
+    step = StepResult(
         evil, evil, (), (), (), "done", 1.0, evil, None, (OutputReport(evil, evil, 5, "ab" * 32),),
         {"repo_id": evil, "commit": "cd" * 20, "manifest_sha256": "ef" * 32},
     )  # fmt: skip
-    page = summary(evil, [SourceReport(evil, evil, None, "ab" * 32, 5, True)], [step], evil)
+    page = summary(evil, [InputReport(evil, evil, None, "ab" * 32, 5, True)], [step], evil)
     assert not re.search(r"<|@|(?<!\\)\[", page)
     heads = [line for line in page.splitlines() if line.startswith("| ")]
     assert len(heads) == 12
