@@ -266,7 +266,7 @@ class _Run:
 
     def _register_outputs(self, step: Step, record: Record) -> tuple[OutputReport, ...]:
         """Add a step's outputs to the lock (not in a dry run) and to the materials of other steps."""
-        outputs = record.outputs or {}
+        outputs = record.outputs
         if not self._dry_run and outputs:
             self._lock.add(outputs, "steps", step.name, "outputs")
         reports = []

@@ -45,14 +45,14 @@ class Record:
     Attributes:
         kind: of the step.
         key: all 64 digits.
-        outputs: name -> sha256 of the manifest; None while the step is running.
+        outputs: name -> sha256 of the manifest.
         figure: the main result, as a short phrase.
         facts: further results.
     """
 
     kind: str
     key: str
-    outputs: dict[str, str] | None
+    outputs: dict[str, str]
     figure: str
     facts: Facts
 
@@ -111,25 +111,20 @@ class WorkFolder:
         try:
             found = {name: self._check(self.output(key, name)).sha256 for name in step.makes}
         except IntegrityError as error:
-            if record.outputs is not None:  # otherwise the step did not finish
-                note(f"{step.name}: {error.message}; it has to be made again")
+            note(f"{step.name}: {error.message}; it has to be made again")
             return None
-        if record.outputs is None:
-            # `begin` deleted old outputs, and new ones appear only when complete: the run was killed just before
-            # `finish`.
-            return Record(step.kind, key, found, "made before", {}) if step.makes else None
         if record.outputs != found:
             note(f"{step.name}: has changed since it was made; it has to be made again")
             return None
         return record
 
     def begin(self, step: Step, key: str) -> None:
-        """Delete what is at the paths of a step's outputs, and then record that the step is running."""
-        for name in step.makes:
-            folder = self.output(key, name)
-            if folder.is_symlink() or folder.exists():
-                folder.unlink() if folder.is_symlink() or folder.is_file() else shutil.rmtree(folder)
-        self._write(step, Record(step.kind, key, None, "", {}))
+        """Delete what is at the paths of a step's record and outputs; what is unfinished stays, to be resumed."""
+        for path in (self._path(step, key), *(self.output(key, name) for name in step.makes)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def finish(self, step: Step, key: str, figure: str, facts: Facts) -> Record:
         """Record that a step finished, with the manifests of its outputs."""

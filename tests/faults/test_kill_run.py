@@ -24,7 +24,7 @@ steps:
   loads: {check: merged, target: [vllm]}
 """
 
-MOMENTS = ["*/small.json", "*/adapter.partial/checkpoint-2", "*/adapter.partial/checkpoint-5", "*/judged.json"]
+MOMENTS = ["*/small.partial", "*/adapter.partial/checkpoint-2", "*/adapter.partial/checkpoint-5", "*/judged.json"]
 
 HELPER = '''
 import json, os, signal, sys, time
@@ -85,7 +85,7 @@ def killed(tmp_path_factory):
 
 
 def artifacts(work):
-    """All files of all artifacts; not the records of steps, which lack figures if a kill came just after the step."""
+    """All files of all artifacts."""
     return {
         path.relative_to(work).as_posix(): path.read_bytes()
         for path in work.rglob("*")
