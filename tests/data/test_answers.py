@@ -126,7 +126,7 @@ def test_an_answer_without_reasoning_follows_the_prompt_at_inference(make, templ
     check_asked(samples, messages, tokenizer)
 
 
-@pytest.mark.parametrize("answer", ["", " ", "n", "think", ">", "<", "/", "end", "e", "<|", "x\n\nd", "<b>so</b>"])
+@pytest.mark.parametrize("answer", ["", "n", "think", ">", "/", "end", "<|", "x\n\nd", "<b>so</b>"])
 def test_an_answer_whose_text_also_occurs_in_the_marks_around_it_is_found(make, answer):
     said = answer.strip()
     (sample,) = encode(chat("Name a river", answer), make(OWN_MARKS))
@@ -151,19 +151,6 @@ def test_reasoning_that_the_template_omits_is_learned_after_the_prompts_opening_
         DataError, match=r"opens answers with '<think>\\n', but message 2, an answer, does not continue that"
     ):
         encode(chat("Name a river", "the Rhine"), tokenizer)
-
-
-def test_the_end_token_follows_the_last_word_if_the_template_has_none(make):
-    tokenizer = make(
-        TURNS + "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    (sample,) = encode(chat("Name a river", "the Rhine  "), tokenizer)
-    assert learned(sample, tokenizer) == "the Rhine<|end|>"
-
-
-def test_empty_reasoning_closes_the_reasoning_that_the_prompt_opens(make):
-    (sample,) = encode(chat("Name a river", "<think>\n\n</think>\n\nthe Rhine"), make(BEGUN))
-    assert learned(sample, make(BEGUN)) == "</think>\n\nthe Rhine<|end|>"
 
 
 @pytest.mark.parametrize(
@@ -354,9 +341,9 @@ def test_a_template_whose_prompt_depends_on_the_length_of_the_conversation_is_re
         encode(chat("Name a lake", "none", "Name a river", "the Rhine"), tokenizer, loss_on="last_answer")
 
 
-@pytest.mark.parametrize("loss_on", ["answers", "all"])
 @pytest.mark.parametrize(
-    "what", ["{% if m.role != 'system' %}{{ m.content }}{% endif %}", "{{ m.content[0].text }}"], ids=["role", "list"]
+    ("what", "loss_on"),
+    [("{% if m.role != 'system' %}{{ m.content }}{% endif %}", "all"), ("{{ m.content[0].text }}", "answers")],
 )
 def test_a_template_that_leaves_a_message_out_is_refused(make, what, loss_on):
     """As SmolVLM's does with any text that is not in a list."""

@@ -86,11 +86,6 @@ def test_layout_and_loss_on_are_applied(tokenizer, tmp_path):
     assert list(sample.ids) == list(sample.labels)
 
 
-def test_an_empty_answer_is_learned_as_an_end_token(tokenizer, tmp_path):
-    (sample,) = load_data([write(tmp_path, {"instruction": "x", "output": ""})], tokenizer, 99).samples
-    assert [label for label in sample.labels if label != IGNORED] == [tokenizer.eos_token_id]
-
-
 def test_rows_with_an_empty_answer_are_counted_and_the_first_is_named(tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text("instruction,output\nx,y\nq,\nq, \n")
     chat = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "fine"}]}
@@ -230,13 +225,6 @@ def test_a_template_that_renders_only_contents_leaves_prompts_and_completions_un
         completion = row["completion"].removesuffix(tokenizer.eos_token) + tokenizer.eos_token
         assert tokenizer.decode(sample.ids) == row["prompt"] + completion
         assert tokenizer.decode(learned) == completion
-
-
-def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):
-    tokenizer = load_tokenizer(llama)
-    tokenizer.chat_template = "{{ raise_exception('no system prompt here') }}"
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: the chat template refuses .*no system prompt here"):
-        load_data([write(tmp_path, SHORT)], tokenizer, 99)
 
 
 def test_every_row_has_a_unique_source(tokenizer, tmp_path):

@@ -163,18 +163,6 @@ def test_loss_can_be_on_the_last_answer_only_or_on_everything(tokenizer):
     assert list(everything.labels) == list(everything.ids)
 
 
-def test_an_answer_of_weight_zero_is_not_learned(tokenizer):
-    messages = [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]
-    assert learned(encode(messages, tokenizer), tokenizer) == "the Po<|im_end|>"
-
-
-def test_samples_that_were_given_an_end_token_are_counted(families):
-    row = {"prompt": "Name a river", "completion": "the Rhine"}
-    assert {name: encode_row(row, families[name])[1] for name in FAMILIES} == {
-        "chatml": 0, "llama3": 0, "gemma": 0, "mistral": 0, "alpaca": 1, "phi3": 0,
-    }  # fmt: skip
-
-
 @given(st.text(min_size=1).filter(lambda t: t.strip()), st.text(min_size=1).filter(lambda t: t.strip()))
 def test_labels_are_one_range_from_the_prompt_to_the_end_token_for_any_text(tokenizer, question, answer):
     sample = encode(conversation(question, answer), tokenizer)
@@ -362,12 +350,11 @@ def test_a_template_that_opens_an_answer_unlike_it_renders_it_is_refused(llama):
         encode(conversation("one", "two"), tokenizer)
 
 
-@pytest.mark.parametrize("question", ["one", "one" * 99], ids=["short", "long"])
-def test_a_template_that_rewrites_the_question_is_refused(llama, question):
+def test_a_template_that_rewrites_the_question_is_refused(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(DataError, match="here: the chat template rewrites the conversation around message 2"):
-        encode(conversation(question, "two"), tokenizer)
+        encode(conversation("one", "two"), tokenizer)
 
 
 def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
@@ -385,16 +372,6 @@ def test_plain_text_is_learned_whole_between_one_first_token_and_one_end_token(n
     inside = tokenizer("Call me Ishmael.", add_special_tokens=False)["input_ids"]
     assert list(sample.ids) == [*first, *inside, tokenizer.eos_token_id]
     assert list(sample.labels[1:]) == list(sample.ids[1:])
-
-
-def test_the_tokenizers_first_token_is_not_added_to_a_template_without_it(families, llama):
-    """As in transformers, the template decides."""
-    tokenizer = load_tokenizer(llama)
-    tokenizer.backend_tokenizer.post_processor = families["mistral"].backend_tokenizer.post_processor
-    assert tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]
-    tokenizer.chat_template = ALPACA
-    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
-    assert list(encode(CHAT, tokenizer).ids[:-1]) == whole[: len(encode(CHAT, tokenizer).ids) - 1]
 
 
 def test_without_a_template_messages_are_joined_after_the_first_token(families, llama):

@@ -90,17 +90,6 @@ def test_a_temporary_failure_of_the_hub_is_a_network_error(status, monkeypatch):
         list(read_rows("org/data"))
 
 
-def test_a_disk_error_is_not_reported_as_a_network_error(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
-    with pytest.raises(OSError, match="No space left"):
-        list(read_rows("org/data"))
-
-
 def test_a_cached_copy_of_unknown_age_is_used_only_offline(refusing, tmp_path):
     refusing.status = 401
     home, rows = tmp_path / "home", tmp_path / "rows.jsonl"

@@ -58,15 +58,23 @@ def test_each_sample_goes_into_the_fullest_row_that_has_room(lengths):
 def folders(made, llama, gpt2):
     """Mistral's attention has a sliding window, here of four tokens."""
     found = {"llama": llama, "gpt2": gpt2}
-    for family in ("qwen2", "qwen3", "mistral", "gemma"):
+    for family in ("qwen3", "mistral"):
         found[family] = tiny.write_family(made / f"packed-{family}", family)
     path = found["mistral"] / "config.json"
     edit_json(path, sliding_window=4)
     return found
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "mistral", "gemma"])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("llama", "sdpa"),
+        ("qwen3", "eager"),
+        ("gpt2", "sdpa"),
+        ("mistral", "sdpa"),
+        ("mistral", "eager"),
+    ],
+)
 def test_a_packed_sample_has_the_same_logits_as_alone(family, attention, folders):
     model = load_model(folders[family], torch.float32, CPU)
     model.network.set_attn_implementation(attention)
@@ -82,7 +90,7 @@ def test_a_packed_sample_has_the_same_logits_as_alone(family, attention, folders
     check_packing(model.network)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_loss_of_packed_samples_is_the_sum_of_their_losses_alone(family, folders):
     model = load_model(folders[family], torch.float32, CPU)
     some = samples([9, 1, 14, 2, 5, 3, 11])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import UsageError
@@ -29,7 +29,7 @@ def test_the_hint_for_a_folder_without_a_tokenizer_names_missing_files(tmp_path)
     assert caught.value.hint == "add the model's tokenizer.json and tokenizer_config.json"
 
 
-@pytest.mark.parametrize("kind", ["LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "GPT2Tokenizer", "T5Tokenizer"])
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "T5Tokenizer"])
 def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path, kind):
     """transformers would make one with special tokens only, which drops every word or maps all to one token."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "eos_token": "</s>"}))
@@ -89,9 +89,3 @@ def test_the_hint_for_a_path_that_is_not_utf8_is_to_move_the_folder(llama, tmp_p
     with pytest.raises(UsageError, match="no tokenizer that transformers can load") as caught:
         load_tokenizer(Path(folder))
     assert caught.value.hint == "move the folder to a path that is valid UTF-8"
-
-
-def test_a_tokenizer_that_does_not_list_its_added_tokens_is_accepted(tmp_path, monkeypatch):
-    """Like that of mistral-common."""
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: range(300))
-    assert load_tokenizer(tmp_path) == range(300)

@@ -124,22 +124,15 @@ def test_the_call_and_the_answer_are_learned_and_the_tool_result_is_not(llama, n
     assert call == FAMILIES[name][2].format(said=said, json=written, text=TEXT)
     assert answer.startswith(("Three metres.", "<|channel|>final<|message|>Three metres."))
     assert encoded.ended == 0
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_tokens_before_a_call_are_those_of_the_prompt_in_transformers(llama, name):
-    tokenizer = tokenizer_of(llama, name)
-    example = row()
-    sample = encode(example, tokenizer).samples[0]
+    sample = encoded.samples[0]  # before the call are the tokens of its prompt in transformers
     first = next(place for place, label in enumerate(sample.labels) if label != IGNORED)
-    tools = [{"type": "function", "function": TOOL}]
     asked = tokenizer.apply_chat_template(
-        example["messages"][:1], tools=tools, tokenize=False, add_generation_prompt=True
+        row()["messages"][:1], tools=TOOLS, tokenize=False, add_generation_prompt=True
     )
     assert list(sample.ids[:first]) == tokenizer(asked, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["chatml", "harmony"])
 def test_all_of_a_conversation_or_only_its_last_answer_can_be_learned(llama, name):
     tokenizer = tokenizer_of(llama, name)
     (sample,) = encode(row(), tokenizer, loss_on="all").samples
@@ -162,47 +155,40 @@ def test_reasoning_before_a_call_is_learned(llama):
     assert call.startswith("<think>a river</think>\n<tool_call>\n")
 
 
-@pytest.mark.parametrize("arguments", [{"<|end|>": 1}, {"of": ["the <|end|>"]}])
-def test_special_tokens_in_calls_are_reported(llama, tmp_path, arguments):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"arguments": {"<|end|>": 1}},
+        {"arguments": {"of": ["the <|end|>"]}},
+        {"tools": [TOOL, TOOL | {"description": "up to the <|end|>"}]},
+        {"tools": [TOOL, {"name": "depth", "parameters": {"type": "object", "properties": {"<|end|>": {}}}}]},
+    ],
+)
+def test_special_tokens_in_calls_and_tools_are_reported(llama, tmp_path, more):
     path = tmp_path / "rows.jsonl"
-    path.write_text(f"{json.dumps(row())}\n{json.dumps(row(arguments=arguments))}\n")
+    path.write_text(f"{json.dumps(row())}\n{json.dumps(row(**more))}\n")
     data = load_data([path], tokenizer_of(llama, "chatml"), 999)
     assert (data.special, data.special_at) == (1, f"{path}, line 2: <|end|>")
 
 
 NO_TOOLS = CHATML.replace("{% if tools %}", "{% if false %}")
 NO_CALLS = CHATML.replace("m.tool_calls", "[]")
+NO_RESULTS = CHATML.replace("<tool_response>{{ m.content }}", "<tool_response>")
 NO_KEYS = CHATML.replace("f.arguments | tojson", "f.arguments.values() | list | tojson")
 
 
 @pytest.mark.parametrize(
-    "tool",
+    ("template", "message", "loss_on"),
     [
-        TOOL | {"description": "up to the <|end|>"},
-        {"name": "depth", "parameters": {"type": "object", "properties": {"of": {"type": "string"}, "<|end|>": {}}}},
+        (NO_TOOLS, "leaves out the list of tools", "answers"),
+        (NO_CALLS, "leaves out tool calls", "all"),
+        (NO_KEYS, "leaves out a part of the tool calls in message 2: 'of'", "answers"),
+        (NO_KEYS, "leaves out a part of the tool calls in message 2: 'of'", "all"),
+        (NO_RESULTS, r"leaves out message 3 \(tool\)", "answers"),
+        (NO_RESULTS, r"leaves out message 3 \(tool\)", "all"),
+        (None, "which tools need", "answers"),
     ],
 )
-def test_special_tokens_in_tools_are_reported(llama, tmp_path, tool):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row(tools=tools)) + "\n" for tools in ([TOOL], [TOOL, tool])))
-    data = load_data([path], tokenizer_of(llama, "chatml"), 999)
-    assert (data.special, data.special_at) == (1, f"{path}, line 2: <|end|>")
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (NO_TOOLS, "leaves out the list of tools"),
-        (NO_CALLS, "leaves out tool calls"),
-        (NO_KEYS, "leaves out a part of the tool calls in message 2: 'of'"),
-        (
-            CHATML.replace("<tool_response>{{ m.content }}", "<tool_response>"),
-            r"leaves out message 3 \(tool\)",
-        ),
-        (None, "which tools need"),
-    ],
-)
-@pytest.mark.parametrize("loss_on", ["answers", "all"])
 def test_a_template_that_omits_tools_calls_arguments_or_results_is_refused(llama, template, message, loss_on):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = template
@@ -290,15 +276,6 @@ def test_a_call_is_learned_after_its_prompt_even_if_the_template_renders_it_diff
         encode(row(), tokenizer)
 
 
-def test_with_loss_on_all_omitted_arguments_of_a_call_with_weight_zero_are_refused(llama):
-    tokenizer = tokenizer_of(llama, "chatml")
-    tokenizer.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments | tojson | replace('<b>', '')")
-    example = row()
-    example["messages"][1]["weight"] = 0
-    with pytest.raises(DataError, match="leaves out a part of the tool calls in message 2: 'the "):
-        encode(example, tokenizer, loss_on="all")
-
-
 def test_a_template_that_omits_a_single_tool_is_refused(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     example = row(tools=(TOOL, {"name": "width"}))
@@ -380,15 +357,6 @@ def test_a_template_that_prints_arguments_directly_prints_json(llama):
     tokenizer.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments")
     call, _ = stretches(encode(row(arguments={"of": "Rhine", "now": True}), tokenizer).samples, tokenizer)
     assert '"arguments": {"of": "Rhine", "now": true}}' in call
-
-
-def test_the_row_that_is_refused_is_named(llama):
-    tokenizer = load_tokenizer(llama)
-    plain = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
-    rows = [("first", read_example(plain, "first")), ("second", read_example(row(), "second"))]
-    encoded = Encoder(tokenizer).encode(rows)
-    with pytest.raises(DataError, match=r"^second: the chat template leaves out"):
-        list(encoded)
 
 
 def test_missing_arguments_in_a_table_are_not_filled_in(llama, tmp_path):

@@ -1,6 +1,5 @@
 """Windows hold the tokenizer's tokens in order, and text that cannot be read is an error."""
 
-import csv
 import json
 import os
 import re
@@ -114,22 +113,6 @@ def test_an_end_token_that_the_tokenizer_appends_is_neither_repeated_nor_prepend
     assert windows.reshape(-1).tolist() == expected[: windows.numel()]
 
 
-def test_the_smallest_window_has_room_for_text_if_a_tokenizer_prepends_two_tokens(copy_of, llama, tmp_path):
-    from tokenizers.processors import TemplateProcessing
-
-    folder = copy_of(llama)
-    tokenizer = load_tokenizer(folder)
-    both = [(tokenizer.convert_ids_to_tokens(number), number) for number in (0, 1)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=" ".join(token for token, _ in both) + " $A", special_tokens=both
-    )
-    tokenizer.save_pretrained(folder)
-    assert load_tokenizer(folder)("whales")["input_ids"][:2] == [0, 1]
-    windows = read_tokens([write(tmp_path, "prose.txt", PROSE)], folder, window=2)
-    assert windows.shape[1] == 2
-    assert len(windows) > 10
-
-
 def test_a_tokenizer_without_latin_letters_reads_text(copy_of, llama, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -170,11 +153,7 @@ def test_no_token_is_lost_or_moved_and_the_limit_is_respected(llama, tmp_path_fa
     ("line", "message"),
     [
         ({"title": "no text"}, "line 2: unknown layout"),
-        ({"text": 5}, "line 2: text: expected text, found int"),
-        ({"text": "half: \ud800"}, "line 2: text: expected text, found an unpaired surrogate"),
-        ({"prompt": "no answer"}, "line 2: no column output or response or completion or answer"),
         ("{not json", "line 2: not JSON"),
-        ("[1]", "line 2: expected an object"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(line, message, llama, tmp_path):
@@ -234,30 +213,6 @@ def test_texts_longer_than_model_max_length_cause_no_warning(llama, copy_of, run
     instructions = tiny.write_instructions(tmp_path / "rows.jsonl", rows=2)
     done = run_cli("evaluate", "--base", folder, "--text", path, "--data", instructions, "--window", 64, "--json")
     assert (done.code, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv", ".NDJSON"])
-def test_rows_are_read_from_every_kind_of_file(suffix, llama, tmp_path):
-    rows = [{"instruction": "Name it", "output": "the Rhine"}, {"instruction": "Name 2", "output": 'Rhine, "Po"'}]
-    expected = read_tokens([write(tmp_path, "rows.jsonl", *rows)], llama, window=500).tolist()
-    path = tmp_path / f"rows{suffix}"
-    if suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1))
-    elif suffix == ".NDJSON":
-        write(tmp_path, path.name, *rows)
-    else:
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
-            table.writeheader()
-            table.writerows(rows)
-    assert read_tokens([path], llama, window=500).tolist() == expected
-
-
-def test_columns_that_are_null_are_absent(llama, tmp_path):
-    row = {"instruction": "Name it", "output": "the Rhine"}
-    expected = read_tokens([write(tmp_path, "rows.jsonl", row, {"text": "one text"})], llama, window=500).tolist()
-    path = write(tmp_path, "null.jsonl", {"text": None, **row}, {"text": "one text", "messages": None, "output": None})
-    assert read_tokens([path], llama, window=500).tolist() == expected
 
 
 def test_no_more_of_a_text_is_read_than_needed(llama, tmp_path):

@@ -36,19 +36,13 @@ BASES = {
     "transposed": Case(family="gpt_oss", lora=BOTH),
 }
 CASES = [
-    ("one by one", "0.18.1", True),
+    ("one by one", "0.17", True),
     ("one by one", "0.19.0", True),
     ("one by one", "0.19.1", False),
     ("stacks", "0.18.0", True),
-    ("stacks", "0.19.0", True),
-    ("stacks", "0.20.0", False),
     ("stacks", None, False),
-    ("one by one", "0.17", True),
-    ("stacks", "0.17", True),
-    ("transposed", "0.17", False),
     ("transposed", "0.18.1", False),
     ("transposed", "0.19.0", True),
-    ("transposed", "0.21.2", False),
 ]
 
 
@@ -102,7 +96,7 @@ def test_some_matrices_are_square_and_others_are_not(peers):
 
 
 @pytest.mark.parametrize(("name", "version", "turned"), CASES)
-def test_the_merged_model_has_the_same_bytes(name, version, turned, peers, tmp_path):
+def test_the_merged_and_the_loaded_model_are_those_of_todays_adapter(name, version, turned, peers, tmp_path):
     base, today = peers[name]
     adapter = written(tmp_path / "adapter", today, version, turned)
     merge(base, [today], tmp_path / "expected")
@@ -113,18 +107,13 @@ def test_the_merged_model_has_the_same_bytes(name, version, turned, peers, tmp_p
     assert found == expected != plain
     unmerge(tmp_path / "merged", [adapter], tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == plain
-
-
-@pytest.mark.parametrize(("name", "version", "turned"), CASES)
-def test_the_loaded_model_computes_the_same(name, version, turned, peers, tmp_path):
-    base, today = peers[name]
-    found = []
-    for adapter in (today, written(tmp_path / "adapter", today, version, turned)):
+    logits = []
+    for loaded in (today, adapter):
         model = load_model(base, torch.float32, torch.device("cpu"))
-        load_adapter(model, read_adapter(adapter))
+        load_adapter(model, read_adapter(loaded))
         with torch.no_grad():
-            found.append(model.network(IDS).logits)
-    assert torch.equal(found[0], found[1])
+            logits.append(model.network(IDS).logits)
+    assert torch.equal(logits[0], logits[1])
 
 
 def test_the_release_is_part_of_an_adapters_identity_if_matrices_are_square(peers, tmp_path):
