@@ -144,6 +144,7 @@ def test_a_signature_that_adding_a_card_would_invalidate_is_refused(cli: Any, ar
 def test_an_unusable_key_is_refused_before_anything_is_uploaded(
     cli: Any, artifact: Path, repository: Any, tmp_path: Path
 ) -> None:
+    cli("publish", artifact, "me/model")
     state = repository.state
     (tmp_path / "key.pem").write_text("nonsense")
     assert cli("publish", artifact, "me/model", "--sign", tmp_path / "key.pem", "--tag", "v1").code == 2

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import edit_json
 from local_hub import Fault, LocalHub
 
 from adaptkit.operations.adopt import adopt
-from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.quantize import quantize
 
 COMMIT = """
 import json
@@ -26,17 +25,13 @@ print(json.dumps({}))
 
 
 @pytest.fixture
-def repositories(cli: Any, tmp_path: Path, llama: Path, llama_sharded: Path, adapter: Path) -> None:
+def repositories(cli: Any, tmp_path: Path, llama: Path, adapter: Path) -> None:
     """Repositories in the namespace org, one of each kind; the steps of a recipe name them as they are called here."""
     folder = tmp_path / "repositories"
     shutil.copytree(llama, folder / "plain")
     quantize(llama, folder / "small")
-    shutil.copytree(llama_sharded, folder / "sharded")
     shutil.copytree(adapter, folder / "lora")
     adopt(adapter, folder / "ours")
-    shutil.copytree(llama, folder / "both")
-    for path in adapter.glob("adapter_*"):
-        shutil.copy(path, folder / "both")
     (folder / "neither").mkdir()
     shutil.copy(llama / "config.json", folder / "neither")
     assert cli(code=COMMIT % str(folder)).code == 0
@@ -63,10 +58,7 @@ def recipe(tmp_path: Path, repositories: None) -> Callable[[str, str], Path]:
             "lora",
             "steps.second.quantize: 'lora' is an adapter; expected an unquantized or released checkpoint",
         ),
-        ("{merge: small, adapters: [ours]}", "small", "steps.second.merge: 'small' is a quantized checkpoint"),
         ("{resize: small, rank: 2}", "small", "steps.second.resize: 'small' is a quantized checkpoint; exp"),
-        ("{resize: plain, rank: 2}", "both", "resize: 'plain' is an unquantized checkpoint; expected an adapter"),
-        ("{dequantize: sharded}", "sharded", "'sharded' is an unquantized checkpoint; expected a quantized checkpoint"),
         ("{adopt: ours}", "ours", "already has a manifest, made by adopt"),
     ],
 )
@@ -74,12 +66,6 @@ def test_a_repository_of_the_wrong_kind_is_refused_before_the_first_step(
     cli: Any, recipe: Callable[[str, str], Path], step: str, name: str, message: str
 ) -> None:
     path = recipe(step, name)
-    text = path.read_text()
-    if "ours" in step and name != "ours":
-        text = text.replace("sources:\n", "sources:\n  ours: {repo: org/ours}\n")
-    if name == "both":
-        text += "  third: {resize: both, rank: 2}\n"
-    path.write_text(text)
     done = cli("run", path)
     assert done.code == 2
     assert message in done.report["message"]
@@ -111,22 +97,6 @@ def test_a_repository_with_neither_an_adapter_nor_a_checkpoint_is_refused(
     assert "not a checkpoint: neither model.safetensors nor model.safetensors.index.json" in done.report["message"]
 
 
-def test_a_malformed_configuration_is_an_error_only_if_a_step_of_the_run_reads_it(
-    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path
-) -> None:
-    folder = tmp_path / "more" / "broken"
-    shutil.copytree(tmp_path / "repositories" / "both", folder)
-    (folder / "config.json").write_text("{")
-    assert cli(code=COMMIT % str(folder.parent)).code == 0
-    assert cli("run", recipe("{resize: broken, rank: 2}", "broken")).code == 0
-    path = recipe("{quantize: broken}", "broken")
-    assert cli("run", path, "--until", "first").code == 0
-    done = cli("run", path)
-    assert done.code == 5
-    assert done.report["message"].startswith("second: org/broken@")
-    assert "config.json: not valid JSON" in done.report["message"]
-
-
 def test_a_cached_commit_is_used_even_if_the_hub_denies_its_files(
     cli: Any, hub: LocalHub, recipe: Callable[[str, str], Path]
 ) -> None:
@@ -143,53 +113,6 @@ def test_a_commit_that_a_repository_lacks_is_named(cli: Any, recipe: Callable[[s
     done = cli("run", path)
     assert done.code == 2
     assert done.report["message"].startswith(f"org/lora@{commit}: the Hub answered 404")
-
-
-def test_a_repository_with_an_adapter_and_a_checkpoint_is_taken_as_either(
-    cli: Any, recipe: Callable[[str, str], Path]
-) -> None:
-    path = recipe("{resize: both, rank: 2}", "both")
-    path.write_text(path.read_text() + "  third: {quantize: both}\n")
-    assert cli("run", path).code == 0
-
-
-@pytest.mark.parametrize(
-    ("format_name", "shard_bytes"),
-    [("nf4", 10**9), ("nf4", 20_000), ("int8", 20_000)],
-    ids=["one file", "shards", "shards of 8 bits"],
-)
-def test_a_checkpoint_that_only_its_tensors_show_to_be_quantized_is_taken_as_quantized(
-    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path, llama: Path, format_name: str, shard_bytes: int
-) -> None:
-    folder = tmp_path / "more" / "bare"
-    quantize(llama, folder, QuantizeOptions(format=format_name, max_shard_bytes=shard_bytes))
-    assert (folder / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
-    (folder / "adaptkit-manifest.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    edit_json(folder / "config.json", **dict.fromkeys(config.keys() & {"quantization_config"}))
-    assert cli(code=COMMIT % str(folder.parent)).code == 0
-    assert cli("run", recipe("{dequantize: bare}", "bare")).code == 0
-
-
-def test_names_in_an_index_do_not_outweigh_the_configuration_or_scales_and_only_files_at_the_root_are_counted(
-    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path, llama_sharded: Path
-) -> None:
-    stated, scaled = (Path(shutil.copytree(llama_sharded, tmp_path / "more" / name)) for name in ("stated", "scaled"))
-    edit_json(stated / "config.json", quantization_config={"quant_method": "bitnet"})  # its packed weights are .weight
-    index = scaled / "model.safetensors.index.json"
-    names = json.loads(index.read_text())["weight_map"]
-    scales = {f"{name}_scale": file for name, file in names.items() if name.endswith("q_proj.weight")}
-    edit_json(index, weight_map=names | scales)
-    for folder in (stated, scaled):
-        (folder / "onnx").mkdir()
-        (folder / "onnx" / "config.json").write_text(" " * 1000)
-    assert cli(code=COMMIT % str(stated.parent)).code == 0
-    for folder in (stated, scaled):
-        done = cli("run", recipe(f"{{dequantize: {folder.name}}}", folder.name), "--dry-run")
-        assert done.code == 0
-        (source,) = (source for source in done.report["sources"] if source["name"] == folder.name)
-        at_root = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        assert at_root <= source["bytes"] < at_root + 1000  # the Hub adds a small .gitattributes
 
 
 def test_a_cached_commit_is_used_in_the_clients_offline_mode(
