@@ -30,14 +30,6 @@ def test_the_output_lists_copied_files_and_the_recorded_base(run_cli, llama, ada
     assert not (tmp_path / "baseless").exists()
 
 
-def test_names_of_files_that_are_not_copied_cannot_change_the_table(run_cli, adapter, tmp_path):
-    shutil.copytree(adapter, tmp_path / "lora")
-    for name in ("red\x1b[31m", "two\nlines", "b\u00e4r"):
-        (tmp_path / "lora" / name).write_bytes(b"")
-    told = rows(run_cli("adopt", "lora", "-o", "ours", cwd=tmp_path).stdout)
-    assert told["not copied"] == "b\u00e4r, red\\x1b[31m, two\\nlines"
-
-
 def test_for_an_artifact_without_a_manifest_the_hint_is_an_adopt_command_that_works(run_cli, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "lora")
     for command in (["publish", "lora", "me/lora"], ["verify", "lora"]):

@@ -3,9 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -100,17 +97,6 @@ def test_only_an_earlier_answers_file_is_replaced(compared, llama, instructions,
     assert config.read_bytes() == (llama / "config.json").read_bytes()
 
 
-def test_answers_and_page_are_written_even_if_stdout_cannot_be(llama, instructions, tmp_path):
-    answers, page = tmp_path / "answers.jsonl", tmp_path / "page.html"
-    command = [sys.executable, "-m", "adaptkit", "evaluate", "--base", llama, "--data", instructions, "--generate"]
-    command += ["--samples", "2", "--max-new-tokens", "2", "--samples-file", answers, "--html", page]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, "stdout: cannot be written" in done.stderr) == (1, True)
-    assert len(answers.read_text().splitlines()) == 2
-    assert page.read_text().endswith("</html>\n")
-
-
 def test_of_several_processes_only_the_first_prints_and_writes_answers(llama, instructions, run_cli, tmp_path):
     given = ["evaluate", "--base", llama, "--data", instructions, "--generate", "--samples", 1, "--max-new-tokens", 1]
     for rank in ("0", "1"):
@@ -121,18 +107,6 @@ def test_of_several_processes_only_the_first_prints_and_writes_answers(llama, in
     failed = run_cli("evaluate", "--base", tmp_path / "absent", "--data", instructions, "--json", **torchrun)
     assert (failed.code, failed.stdout) == (2, "")
     assert failed.stderr.startswith("process 1: error: ")
-
-
-def test_the_requested_layout_is_used_for_data_and_shots(llama, run_cli, tmp_path):
-    (tmp_path / "two.jsonl").write_text(json.dumps({"instruction": "a", "output": "b", "text": "a c b"}) + "\n")
-    (tmp_path / "one.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
-    given = ["evaluate", "--base", llama, "--device", "cpu", "--json", "--generate", "--max-new-tokens", 2]
-    given += ["--shots", 1, "--shots-from", tmp_path / "shots.jsonl"]
-    (tmp_path / "shots.jsonl").write_text(json.dumps({"instruction": "c", "output": "d", "text": "e"}) + "\n")
-    both = json.loads(run_cli(*given, "--data", tmp_path / "two.jsonl", "--layout", "instruction").stdout)
-    (tmp_path / "shots.jsonl").write_text(json.dumps({"instruction": "c", "output": "d"}) + "\n")
-    alone = json.loads(run_cli(*given, "--data", tmp_path / "one.jsonl").stdout)
-    assert [model["loss"] for model in both["models"]] == [model["loss"] for model in alone["models"]]
 
 
 def test_the_page_shows_the_numbers_of_the_document(compared):

@@ -1,11 +1,10 @@
 """``adaptkit inspect`` as a process: the table is short, the JSON document is complete."""
 
 import json
-import re
 
 import peft_adapters
 import pytest
-from folders import edit_json, flip
+from folders import flip
 
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 
@@ -80,12 +79,3 @@ def test_an_unfinished_output_is_refused_as_such_until_it_is_finished(run_cli, l
         assert "run the same command again to resume" in hint
     assert run_cli(*writing, "--max-shard-size", "20000B").code == 0
     assert run_cli("inspect", tmp_path / "out").code == 0
-
-
-def test_a_quantization_config_without_a_method_is_said_to_name_none(run_cli, llama, copy_of, tmp_path):
-    folder = copy_of(llama)
-    edit_json(folder / "config.json", quantization_config={"quant_method": None})
-    said = "a method that config.json does not name"
-    assert re.search(f"^quantization +{said}$", run_cli("inspect", folder).stdout, re.MULTILINE)
-    error, _ = run_cli("quantize", folder, "-o", tmp_path / "out").refusal(5)
-    assert error == f"error: {folder}: already quantized with {said}"

@@ -21,19 +21,23 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", [[], *[[command] for command in COMMANDS]], ids=lambda a: "-".join(a) or "all")
-def test_help_imports_neither_torch_nor_the_hub(arguments):
+def test_the_help_of_every_command_imports_neither_torch_nor_the_hub():
     code = (
-        "import sys, click; sys.argv = ['adaptkit', *sys.argv[1:], '--help']\n"
+        "import sys\n"
         "from adaptkit.cli.main import main\n"
-        "try: main()\n"
-        "finally:\n"
+        "for command in sys.argv[1:]:\n"
+        "    sys.argv = ['adaptkit', *command.split(), '--help']\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code, command\n"
         "    heavy = {'torch', 'numba', 'huggingface_hub', 'transformers', 'rich'} & set(sys.modules)\n"
-        "    assert not heavy, heavy\n"
+        "    assert not heavy, (command, heavy)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, "", *COMMANDS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Usage: adaptkit" in done.stdout
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("Usage")] == [
+        "[OPTIONS]",
+        *COMMANDS,
+    ]
 
 
 @pytest.mark.quick
