@@ -92,7 +92,6 @@ for seed, folder in [({seed}, pathlib.Path({folder!r}))]:
 TIME_DIFF = """
 import collections, pathlib, statistics, time, torch
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.numerics import lora
 from adaptkit.operations._diff.modules import differ_in_module
 from adaptkit.operations._threads import map_in_threads
 one, two = (read_adapter(pathlib.Path(path)).modules for path in ({first!r}, {second!r}))
@@ -106,8 +105,12 @@ def dense(module, spectra):
 def figures():  # all that the command says of each module: angles, interference and signs, too
     return list(map_in_threads(lambda name: differ_in_module(name, one[name], two[name]), one, 2))
 
+def products(module):
+    (a, b), (c, d) = ((term.a.astype("f8"), term.b.astype("f8")) for term in (one[module], two[module]))
+    return [((y.T @ z) * (w @ x.T)).sum() for w, y, x, z in ((a, b, a, b), (a, b, c, d), (c, d, c, d))]
+
 def norms():
-    return list(map_in_threads(lambda module: lora.inner_products(one[module], two[module]), one, 2))
+    return list(map_in_threads(products, one, 2))
 
 def seconds(work):
     started = time.perf_counter()

@@ -108,12 +108,6 @@ def sampled_rows(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))[:SAMPLED_ROWS].sort().values
 
 
-def difference_norm(first: LowRank, second: LowRank) -> float:
-    """Return ‖Δ₁ − Δ₂‖, not by expanding the square, which would lose all digits if the two are nearly equal."""
-    core_1, core_2 = _cores(first, second)
-    return float(torch.linalg.matrix_norm(core_1 - core_2))
-
-
 def _cores(first: LowRank, second: LowRank) -> tuple[Tensor, Tensor]:
     """Return the cores M₁ and M₂ (see the module's docstring), in a common basis and of the same shape."""
     if is_equal(first, second):  # else rounding would give a difference of a few times 1e-16

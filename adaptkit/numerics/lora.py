@@ -1,4 +1,4 @@
-"""Low-rank changes of weights, their inner products and norms; ``exact`` adds them to weights.
+"""Low-rank changes of weights, and their norms; ``exact`` adds them to weights.
 
 A LoRA (arXiv:2106.09685) changes a weight W (out, in) by Δ = scaling · B A, with ``lora_a`` (rank, in) and
 ``lora_b`` (out, rank).
@@ -81,18 +81,9 @@ def is_equal(first: LowRank, second: LowRank) -> bool:
     )
 
 
-def inner_products(first: LowRank, second: LowRank) -> tuple[float, float, float]:
-    """Return ‖Δ₁‖², ⟨Δ₁, Δ₂⟩ and ‖Δ₂‖² in float64, as s₁ s₂ Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ) without forming an (out, in) matrix."""
-    (a, b), (other_a, other_b) = ((term.a.astype(np.float64), term.b.astype(np.float64)) for term in (first, second))
-    s, t = first.scaling, second.scaling
-    with np.errstate(over="ignore", invalid="ignore"):  # callers check for infinity and NaN
-        one = float(((b.T @ b) * (a @ a.T)).sum())
-        between = float(((b.T @ other_b) * (a @ other_a.T)).sum())
-        two = float(((other_b.T @ other_b) * (other_a @ other_a.T)).sum())
-    return one * s * s, between * s * t, two * t * t
-
-
 def norm(term: LowRank) -> float:
-    """Return the Frobenius norm of Δ."""
-    nothing = LowRank(term.a[:0], term.b[:, :0], 0.0)
-    return math.sqrt(max(0.0, inner_products(term, nothing)[0]))
+    """Return the Frobenius norm of Δ in float64, as √(s² Σ (BᵀB ∘ AAᵀ)) without forming an (out, in) matrix."""
+    a, b = term.a.astype(np.float64), term.b.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # callers check for infinity and NaN
+        square = float(((b.T @ b) * (a @ a.T)).sum()) * term.scaling * term.scaling
+    return math.sqrt(max(0.0, square))

@@ -13,7 +13,7 @@ from adaptkit.operations import targets as registry
 from adaptkit.operations.targets._adapter_files import AdapterFiles, read_adapter_files
 from adaptkit.operations.targets._base_shapes import read_base_shapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles, read_checkpoint_files
-from adaptkit.operations.targets._target import Finding, Target
+from adaptkit.operations.targets._target import Finding, Program
 from adaptkit.wording import counted, first_few
 
 
@@ -71,7 +71,7 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
     base = as_path_or_none(base, "base")
     require_folder(path)
     chosen = list(dict.fromkeys(as_texts(targets, "targets"))) or names(registry)
-    programs: dict[str, Target] = {name: load(registry, name, "TARGET") for name in chosen}
+    programs: dict[str, Program] = {name: load(registry, name, "TARGET") for name in chosen}
     if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
         adapter = read_adapter_files(path)
         if base is not None:
@@ -98,7 +98,7 @@ def _mlx_findings(files: AdapterFiles) -> tuple[Finding, ...]:
 def _report(
     path: Path,
     kind: str,
-    programs: Mapping[str, Target],
+    programs: Mapping[str, Program],
     found: Mapping[str, Iterable[Finding]],
     examined: tuple[str, ...],
     unknown: tuple[str, ...],

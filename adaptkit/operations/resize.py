@@ -57,7 +57,7 @@ class ResizeReport:
         modules: one per module.
         tensors_root: hash of the result's tensors; None for a dry run.
         manifest_sha256: None for a dry run.
-        told: notes: a value head that is left out.
+        notes: a value head that is left out.
     """
 
     output: str
@@ -74,7 +74,7 @@ class ResizeReport:
     modules: tuple[ResizedModule, ...] = field(repr=False)
     tensors_root: str | None = None
     manifest_sha256: str | None = None
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def resize(
@@ -140,7 +140,7 @@ def resize(
         base_copies=tuple(sorted(carried.copies)),
         tokenizer=tuple(sorted(carried.files)),
         modules=tuple(entries),
-        told=left_out([read]),
+        notes=left_out([read]),
     )
     if dry_run:
         return report

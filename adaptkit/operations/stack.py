@@ -65,7 +65,7 @@ class StackReport:
         per_module: one per module, sorted by name.
         tensors_root: hash of the result's tensors; None for a dry run.
         manifest_sha256: of the result's manifest; None for a dry run.
-        told: notes: adapters given several times, modules whose changes cancel, value heads that are left out.
+        notes: adapters given several times, modules whose changes cancel, value heads that are left out.
     """
 
     output: str
@@ -83,7 +83,7 @@ class StackReport:
     per_module: tuple[StackedModule, ...] = field(repr=False)
     tensors_root: str | None = None
     manifest_sha256: str | None = None
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def stack(
@@ -150,7 +150,7 @@ def stack(
         tokenizer=tuple(sorted(carried.files)),
         base_names=base_names(read),
         per_module=entries,
-        told=(*notes, *left_out(read)),
+        notes=(*notes, *left_out(read)),
     )
     if dry_run:
         return report

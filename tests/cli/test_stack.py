@@ -128,7 +128,7 @@ def test_an_adapter_given_several_times_is_named_once_in_the_report(
     asked = [command, *([llama] if command == "merge" else []), "-o", tmp_path / "out", "--dry-run", "--json"]
 
     def told(*adapters):
-        return [note for note in json.loads(run_cli(*asked, *adapters).stdout)["told"] if "given" in note]
+        return [note for note in json.loads(run_cli(*asked, *adapters).stdout)["notes"] if "given" in note]
 
     assert told(adapter, second_adapter, scaled) == []
     assert told(adapter, second_adapter, adapter) == [f"{adapter}: given 2 times; it counts each time"]

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from low_rank import dense, term
 
 from adaptkit.numerics import lora
-from adaptkit.numerics.comparison import difference_norm
 from adaptkit.numerics.exact import delta
-from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.scaling import scaling
 
 TERMS = st.builds(
@@ -74,44 +72,13 @@ def test_the_transposed_change_is_the_change_of_the_transposed_weight(change):
 
 
 @settings(deadline=None, max_examples=60)
-@given(TERMS, TERMS)
-def test_inner_products_and_norms_match_dense_matrices(one, two):
-    between, expected = lora.inner_products(one, two)[1], float((dense(one) * dense(two)).sum())
-    size = float(dense(one).norm() * dense(two).norm())
-    assert between == pytest.approx(expected, abs=1e-12 * size + 1e-300)
-    assert between == pytest.approx(lora.inner_products(two, one)[1], abs=1e-12 * size + 1e-300)
-    assert lora.norm(one) == pytest.approx(float(dense(one).norm()), rel=1e-10)
-    assert difference_norm(one, two) == pytest.approx(float((dense(one) - dense(two)).norm()), rel=1e-10, abs=1e-12)
+@given(TERMS)
+def test_the_norm_is_that_of_the_dense_matrix(change):
+    assert lora.norm(change) == pytest.approx(float(dense(change).norm()), rel=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("out", "into", "ranks"), [(515, 300, (3, 16)), (129, 1, (1, 2)), (1, 128, (4, 4)), (40, 700, (7, 0))]
-)
-@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float64")])
-def test_inner_products_are_right_for_all_sizes_and_dtypes(out, into, ranks, dtypes):
-    one, two = (
-        term(out, into, rank, scale, seed, getattr(torch, dtype))
-        for rank, scale, seed, dtype in zip(ranks, (0.5, -3.0), (1, 2), dtypes, strict=True)
-    )
-    x, y = dense(one), dense(two)
-    expected = (x * x).sum(), (x * y).sum(), (y * y).sum()
-    size = float(x.norm()) * max(1.0, float(y.norm()))
-    assert lora.inner_products(one, two) == pytest.approx([float(v) for v in expected], rel=1e-12, abs=1e-13 * size)
-    turned = lora.inner_products(lora.transposed(two), lora.transposed(one))
-    assert turned == pytest.approx([float(v) for v in reversed(expected)], rel=1e-12, abs=1e-13 * size)
-
-
-@pytest.mark.parametrize("nudge", [1e-3, 1e-6])
-def test_the_norm_of_a_small_difference_is_accurate(nudge):
-    """Expanding the square would lose the digits: at 1e-6 only noise of about 1e-8 · ‖Δ‖ would remain."""
-    one = term(40, 30, 6, 1.0, 1)
-    two = LowRank.of_tensors(one.lora_a.clone(), one.lora_b.double() * (1 + nudge), 1.0)
-    found = difference_norm(one, two)
-    assert found == pytest.approx(nudge * lora.norm(one), rel=1e-7)
-
-
-@pytest.mark.parametrize(("out", "into", "ranks"), [(4, 3, (8, 8)), (1, 1, (1, 1)), (30, 2, (2, 5)), (2, 30, (5, 1))])
-def test_norms_are_right_for_ranks_larger_than_the_matrix(out, into, ranks):
-    one, two = term(out, into, ranks[0], 0.5, 1), term(out, into, ranks[1], 2.0, 2)
-    assert difference_norm(one, two) == pytest.approx(float((dense(one) - dense(two)).norm()), rel=1e-10)
-    assert lora.norm(one) == pytest.approx(float(dense(one).norm()), rel=1e-10)
+@pytest.mark.parametrize(("out", "into", "rank"), [(4, 3, 8), (1, 1, 1), (30, 2, 5), (2, 30, 5), (7, 5, 0)])
+def test_norms_are_right_for_all_ranks_and_dtypes(out, into, rank):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        one = term(out, into, rank, -0.5, 1, dtype)
+        assert lora.norm(one) == pytest.approx(float(dense(one).norm()), rel=1e-10)

@@ -22,7 +22,7 @@ from adaptkit.operations import targets
 from adaptkit.operations.check import check
 from adaptkit.operations.merge import merge
 from adaptkit.operations.targets import _peft_selection
-from adaptkit.operations.targets._target import Target
+from adaptkit.operations.targets._target import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILURES = (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ImportError, re.error)
@@ -524,7 +524,7 @@ def test_every_file_in_targets_defines_a_target(make):
     assert discovery.names(targets) == ["gguf", "peft", "sglang", "vllm"]
     for name in discovery.names(targets):
         target = discovery.load(targets, name, "TARGET")
-        assert isinstance(target, Target)
+        assert isinstance(target, Program)
         assert not target.tried_in or (ROOT / target.tried_in).is_file()
         source = "".join(path.read_text() for path in Path(targets.__file__).parent.glob("*.py"))
         for key in (*target.adapter, *target.checkpoint):  # a misspelled row would never be found

@@ -150,7 +150,7 @@ def test_tensors_that_the_configuration_does_not_select_are_merged_and_reported(
     """peft drops them silently."""
     other = copy_of(adapter)
     edit_json(other / "adapter_config.json", **change)
-    (told,) = [told for told in merge(llama, [other], tmp_path / "out").told if "does not select" in told]
+    (told,) = [told for told in merge(llama, [other], tmp_path / "out").notes if "does not select" in told]
     assert str(other) in told
     merge(llama, [adapter], tmp_path / "whole")
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()

@@ -172,7 +172,7 @@ def assert_computes(out, case, judgement, tolerance, measure=torch.max):
 def test_every_element_is_the_float64_result_rounded_once_and_every_byte_of_the_base_comes_back(tmp_path, judged, name):
     case, judgement = judged(name)
     report = merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
-    assert not any("does not select" in told for told in report.told)
+    assert not any("does not select" in told for told in report.notes)
     assert_right(tmp_path / "out", case, judgement)
     # The tolerance is for rounding to bfloat16, which routes a few tokens to different experts.
     assert_computes(tmp_path / "out", case, judgement, 0.05, torch.mean)
@@ -582,7 +582,7 @@ def test_a_value_head_beside_the_adapter_is_left_out_with_a_note(tmp_path, judge
     case, _ = judged("linear_rslora")
     adapter = copy_of(case.adapter)
     (adapter / name).write_bytes(b"not read")
-    told = merge(case.base, [adapter, adapter], tmp_path / "out").told
+    told = merge(case.base, [adapter, adapter], tmp_path / "out").notes
     assert sum(note.startswith(f"{adapter}: {name} is left out") for note in told) == 1
     assert not (tmp_path / "out" / name).exists()
 

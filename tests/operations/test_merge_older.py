@@ -33,14 +33,14 @@ def test_biases_that_older_releases_did_not_save_are_reported(tmp_path):
     base = peft_adapters.write_base(tmp_path / "base", case)
     adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
     report = merge(base, [adapter], tmp_path / "whole")
-    assert not any("bias" in line for line in report.told)
+    assert not any("bias" in line for line in report.notes)
 
     def lose(tensors):
         for key in [key for key in tensors if key.endswith(".bias")]:
             del tensors[key]
 
     peft_adapters.change_tensors(adapter, lose)
-    (said,) = [line for line in merge(base, [adapter], tmp_path / "merged").told if "bias" in line]
+    (said,) = [line for line in merge(base, [adapter], tmp_path / "merged").notes if "bias" in line]
     assert "q_proj" in said
     assert "o_proj" not in said
     plain, found = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
@@ -72,7 +72,7 @@ def test_embeddings_trained_without_gemma_3s_scale_are_reported(lora, tmp_path):
     for version, is_said in (("0.17.1", True), ("0.18.0", False)):
         peft_adapters.change_config(adapter, peft_version=version)
         report = merge(base, [adapter], tmp_path / version, MergeOptions(untie=True))
-        assert any("embed_tokens without the factor √hidden_size" in line for line in report.told) == is_said
+        assert any("embed_tokens without the factor √hidden_size" in line for line in report.notes) == is_said
 
 
 def test_a_resized_head_that_older_releases_did_not_save_is_refused(tmp_path):

@@ -92,7 +92,7 @@ def test_the_16_bit_parent_of_a_quantized_base_is_found_in_the_same_folder(
     report = merge(tmp_path / "a quantized base", [folder], tmp_path / "out")
     assert report.base == str(base)
     assert report.base_verified
-    assert any("is quantized; merged into " in told for told in report.told)
+    assert any("is quantized; merged into " in told for told in report.notes)
     merge(base, [folder], tmp_path / "directly")
     assert weights(tmp_path / "out") == weights(tmp_path / "directly")
 

@@ -125,8 +125,8 @@ def test_a_value_head_beside_an_adapter_is_left_out_with_a_note(tmp_path, adapte
         assert result.code == 0
         assert result.stdout.count(note) == 1
         assert not (out / name).exists()
-        told = json.loads(run_cli(*command, "-o", out, "--force", "--json", "--dry-run").stdout)["told"]
+        told = json.loads(run_cli(*command, "-o", out, "--force", "--json", "--dry-run").stdout)["notes"]
         assert sum(line.startswith(note) for line in told) == 1
     (scoring / "model.safetensors").write_bytes(b"not read")  # so pickled weights would be the base's
     if name == "pytorch_model.bin":
-        assert resize(scoring, tmp_path / "other", ResizeOptions(rank=2)).told == ()
+        assert resize(scoring, tmp_path / "other", ResizeOptions(rank=2)).notes == ()

@@ -51,7 +51,7 @@ def command(
         ("would write" if dry_run else "wrote", report.output),
         ("merged", f"{report.merged} of {counted(report.tensors, 'tensor')}"),
         ("base", "to be compared while merging" if dry_run and report.base_verified else verified),
-        *(("note", text) for text in report.told),
+        *(("note", text) for text in report.notes),
     ]
     if report.relative_delta is not None and report.moved is not None and report.effect is not None:  # not a dry run
         quantized = wanted.format != "keep"

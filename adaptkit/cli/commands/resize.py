@@ -45,6 +45,6 @@ def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
         ("not padded", f"{counted(report.below, 'module', 'have')} a smaller rank already" if report.below else None),
         ("also copied", f"its copies of {', '.join(report.base_copies)}" if report.base_copies else None),
         ("also copied", ", ".join(report.tokenizer)),
-        *(("note", text) for text in report.told),
+        *(("note", text) for text in report.notes),
         ("manifest sha256", report.manifest_sha256),
     ]

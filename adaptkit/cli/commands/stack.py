@@ -90,6 +90,6 @@ def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
         ("base", names if len(report.base_names) > 1 else None),
         ("also copied", f"their copies of {', '.join(report.base_copies)}" if report.base_copies else None),
         ("also copied", ", ".join(report.tokenizer)),
-        *(("note", text) for text in report.told),
+        *(("note", text) for text in report.notes),
         ("manifest sha256", report.manifest_sha256),
     ]

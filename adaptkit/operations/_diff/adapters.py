@@ -13,8 +13,6 @@ from adaptkit.checkpoint.adapter import Adapter, TokenRows, read_adapter
 from adaptkit.checkpoint.adapter_config import writes_transposed_experts
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.checkpoint.manifest import tensors_root
-from adaptkit.numerics import lora
-from adaptkit.numerics.comparison import difference_norm
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
@@ -25,13 +23,12 @@ from adaptkit.operations._diff.modules import (
     by_type,
     differ_in_module,
     grouped_as,
-    relative,
 )
 from adaptkit.operations._diff.tensors import StoredTensor, TensorDifference, differ_in_files, differ_in_memory
 from adaptkit.operations._threads import map_in_threads
 from adaptkit.wording import counted
 
-Other = Array | StoredTensor | TokenRows | LowRank
+Other = Array | StoredTensor | TokenRows
 """What an adapter may hold besides low-rank changes of modules: in memory, or where it is in its file."""
 
 _ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
@@ -155,7 +152,8 @@ def _others_of(adapter: Adapter) -> dict[str, tuple[str, Other]]:
     for module, rows in adapter.tokens.items():
         found[f"{module} (trained tokens)"] = "token rows", rows
     for module, term in adapter.compensation.items():
-        found[f"{module} (compensation)"] = "compensation", term
+        for half, factor in (("A", term.a), ("B", term.b)):
+            found[f"{module}.lora_{half} (compensation)"] = "compensation", factor
     return found
 
 
@@ -173,33 +171,12 @@ def _differ_in_other(name: str, role: str, one: Other, two: Other) -> TensorDiff
             both = [part.rows[[part.indices.index(token) for token in common]] for part in (one, two)]
             remark = f"{len(one.indices):,} and {len(two.indices):,} tokens, {len(common):,} in both"
             return differ_in_memory(name, role, both[0], both[1], remark)
-        case LowRank(), LowRank():
-            return None if is_equal(one, two) else _differ_in_start(name, role, one, two)
         case _:
             raise TypeError(f"{name}: {type(one).__name__} cannot be compared with {type(two).__name__}")
 
 
 def _equal(first: Array, second: Array) -> bool:
     return first.dtype == second.dtype and np.array_equal(first, second)
-
-
-def _differ_in_start(name: str, role: str, first: LowRank, second: LowRank) -> TensorDifference:
-    """Compare two compensation terms by norm only: they are initial values, not part of what an adapter changes."""
-    alike = first.shape == second.shape
-    norms = (lora.norm(first), lora.norm(second))
-    distance = difference_norm(first, second) if alike else None
-    return TensorDifference(
-        name=name,
-        role=role,
-        dtypes=("F32", "F32"),
-        shapes=(first.shape, second.shape),
-        changed=0,
-        compared=0,
-        norms=norms,
-        difference=distance,
-        relative=None if distance is None else relative(distance, norms),
-        remark="" if alike else "shapes differ",
-    )
 
 
 def _is_same(first: LowRank, second: LowRank) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import adaptkit
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.layout import CARD_NAME
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, Manifest, read_manifest, require_manifest
@@ -19,6 +20,12 @@ from adaptkit.operations._lineage.tree import Ancestor, need_not_exist
 SAME = "same bytes"
 SAME_BUT_CARD = f"{SAME}, except for the model card, which publish adds"
 _REPEATABLE = ("dequantize", "merge", "quantize", "resize", "stack", "unmerge")
+_NO_OPTIONS = {
+    "dequantize": ("method",),
+    "merge": ("adapters", "begun", "small_files", "quantize"),
+    "stack": ("source",),
+}
+"""What manifests record among the options, though it follows from them and the inputs."""
 _BUT_SIGNATURE = "; its base's signature differs"
 _SIGNATURE = f"{undo.BASE_PREFIX}{SIGNATURE_NAME}"
 
@@ -87,52 +94,27 @@ def _without(manifest: Manifest, *names: str) -> bytes:
 
 
 def _run(name: str, out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
-    """Run one of ``_REPEATABLE``."""
+    """Run one of ``_REPEATABLE``, by its public function and its class of options."""
     folders: dict[str, list[Path]] = defaultdict(list)
     for parent in parents:
         folders[parent.role].append(Path(str(parent.path)))
-    if name == "quantize":
-        from adaptkit.operations.options import QuantizeOptions
-        from adaptkit.operations.quantize import quantize
-
-        (source,) = folders["release"] or folders["base"]
-        quantize(source, out, QuantizeOptions(**{**options, "skip": tuple(options["skip"])}, threads=threads))
-    elif name == "dequantize":
-        from adaptkit.operations.dequantize import dequantize
-        from adaptkit.operations.options import DequantizeOptions
-
-        (source,) = folders["base"]
-        chosen = {name: value for name, value in options.items() if name != "method"}
-        dequantize(source, out, DequantizeOptions(**chosen, threads=threads))
-    elif name == "merge":
-        from adaptkit.operations.merge import merge
-        from adaptkit.operations.options import MergeOptions
-
-        (base,) = folders["base"]
-        names = ("undo", "allow_base_mismatch", "untie", "format", "embed_adapter")
-        chosen = {name: options[name] for name in names}
-        merge(base, folders["adapter"], out, MergeOptions(tuple(options["weights"]), threads=threads, **chosen))
-    elif name == "unmerge":
-        from adaptkit.operations.unmerge import unmerge
-
+    base, adapters = folders["release"] or folders["base"], folders["adapter"]
+    run = getattr(adaptkit, name)
+    if name == "unmerge":
         (merged,) = (parent for parent in parents if parent.role == "merged")
         adapters = [Path(parent.path) for parent in merged.parents if parent.role == "adapter" and parent.path]
-        unmerge(Path(str(merged.path)), adapters, out, threads=threads, **options)
-    elif name == "stack":
-        from adaptkit.operations.options import StackOptions
-        from adaptkit.operations.stack import stack
-
-        own = {"method", "source", "weights", "rank", "energy"}
-        limits = {name: options.get(name) for name in ("rank", "energy")}
-        settings = {name: value for name, value in options.items() if name not in own}
-        method, weights = options["method"], tuple(options["weights"])
-        stack(folders["adapter"], out, StackOptions(method, weights, **limits, settings=settings, threads=threads))
-    elif name == "resize":
-        from adaptkit.operations.options import ResizeOptions
-        from adaptkit.operations.resize import resize
-
-        (adapter,) = folders["adapter"]
-        resize(adapter, out, ResizeOptions(**options, threads=threads))
+        run(Path(str(merged.path)), adapters, out, threads=threads, **options)
+        return
+    chosen = {key: value for key, value in options.items() if key not in _NO_OPTIONS.get(name, ())}
+    if name == "stack":  # which records the method's own options beside the others
+        common = {key: chosen.pop(key) for key in ("method", "weights", "rank", "energy") if key in chosen}
+        chosen = common | {"settings": chosen}
+    several: dict[str, list[Any]] = {"merge": [*base, adapters], "stack": [adapters]}
+    run(
+        *several.get(name, base or adapters),
+        out,
+        getattr(adaptkit, f"{name.title()}Options")(**chosen, threads=threads),
+    )
 
 
 def recompute_all(

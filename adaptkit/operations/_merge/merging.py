@@ -295,7 +295,7 @@ class Merging:
             tensors=sum(len(groups) for _, groups in self.shards),
             base_verified=known or is_their_base(self.base, self.base.root or "", self.adapters),
             same_base=False,
-            told=tuple(notes),
+            notes=tuple(notes),
         )
 
     def final_report(
@@ -309,7 +309,7 @@ class Merging:
             with_changes(plain, changes),
             base_verified=same or plain.base_verified,
             same_base=same,
-            told=(*plain.told, *notes),
+            notes=(*plain.notes, *notes),
             undo_bits=undo_bits,
             tensors_root=manifest.tensors_root,
             manifest_sha256=manifest.sha256,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-FORMATS = ("keep", "nf4")
 NOTHING_MOVED = "no weight moved: the result is the base"
 LITTLE_KEPT = 0.9
 """If rounding keeps less of the change than this, the merged model noticeably differs from base plus adapter."""
@@ -49,7 +48,7 @@ class MergeReport:
         tensors: number of tensors in the result.
         base_verified: whether all changed weights are compared with those that every adapter was trained on.
         same_base: whether all of the base's tensors are those that every adapter was trained on; False for a dry run.
-        told: notes: adapters given several times, how names were found, what was untied, where the tokenizer comes
+        notes: adapters given several times, how names were found, what was untied, where the tokenizer comes
             from.
         moved: share of the changed tensors' elements whose value changed.
         relative_delta: ‖Δ‖ / ‖W‖ over all changed tensors.
@@ -66,7 +65,7 @@ class MergeReport:
     tensors: int
     base_verified: bool
     same_base: bool
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     moved: float | None = None
     relative_delta: float | None = None
     effect: float | None = None

@@ -19,7 +19,7 @@ from adaptkit.models.peft_names import DOWNS, GATES, UPS
 from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair, factor_of, is_positive, is_rank
 from adaptkit.operations.targets._base_shapes import BaseShapes, is_single_expert
-from adaptkit.operations.targets._target import Answer, Sighting, error, seen, some, warning
+from adaptkit.operations.targets._target import Response, Sighting, error, seen, some, warning
 from adaptkit.wording import counted
 
 ONE_EXPERT = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
@@ -48,7 +48,7 @@ OTHER_NAMES = "give the base that it was trained on, or rename the tensors; {tra
 REJECTS = "{program} rejects {what}"
 PLAIN = "{program} does not support {what} and computes plain LoRA"
 LINEAR = error("{program} supports LoRA only for linear layers", "{elsewhere}")
-ALL_PROGRAMS: dict[str, Answer] = {
+ALL_PROGRAMS: dict[str, Response] = {
     "pickle": warning(
         "{program} loads it with torch.load(weights_only=True); adaptkit does not load pickles, so the names in it are "
         "not checked",

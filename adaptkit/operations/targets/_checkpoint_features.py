@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._target import Answer, Sighting, error, seen, some
+from adaptkit.operations.targets._target import Response, Sighting, error, seen, some
 
 _INTEGERS = ("I", "U", "BOOL")
 CORRECT = "download the checkpoint again, or correct config.json"
 SAME_PLACE = "correct config.json, or download it and the files from the same place"
 KEEP_EXPERTS = "quantize the original with --moe keep, or run adaptkit dequantize {root} -o OUT"
 _RESTORE = "restore config.json, or download the checkpoint again"
-ALL_PROGRAMS: dict[str, Answer] = {
+ALL_PROGRAMS: dict[str, Response] = {
     "adaptkit's format": error(
         "{program} does not support this layout, which only adaptkit loads",
         "run adaptkit dequantize {root} -o OUT, or quantize the original with --format nf4",

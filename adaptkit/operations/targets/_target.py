@@ -44,7 +44,7 @@ class Sighting:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """What a program does with a feature.
 
     Attributes:
@@ -58,18 +58,18 @@ class Answer:
     change: str
 
 
-def error(effect: str, change: str = "{merge}") -> Answer:
+def error(effect: str, change: str = "{merge}") -> Response:
     """Return the answer of a program that refuses the files or computes something else."""
-    return Answer("error", effect, change)
+    return Response("error", effect, change)
 
 
-def warning(effect: str, change: str) -> Answer:
+def warning(effect: str, change: str) -> Response:
     """Return the answer of a program that accepts the files under a condition."""
-    return Answer("warning", effect, change)
+    return Response("warning", effect, change)
 
 
 @dataclass(frozen=True)
-class Target:
+class Program:
     """A program. A feature that is not in its table it handles as peft and transformers do.
 
     Attributes:
@@ -87,8 +87,8 @@ class Target:
     loader: str
     version: str
     tried_in: str
-    adapter: Mapping[str, Answer]
-    checkpoint: Mapping[str, Answer]
+    adapter: Mapping[str, Response]
+    checkpoint: Mapping[str, Response]
     in_adapter: Callable[[AdapterFiles], Iterable[Sighting]]
     in_checkpoint: Callable[[CheckpointFiles], Iterable[Sighting]]
 

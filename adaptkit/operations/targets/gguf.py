@@ -17,7 +17,7 @@ from adaptkit.operations.targets import _checkpoint_features as checkpoint
 from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._target import Sighting, Target, error, seen, warning
+from adaptkit.operations.targets._target import Program, Sighting, error, seen, warning
 
 _METHODS = {"bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4"}
 _NVFP4 = "nvfp4-pack-quantized"
@@ -154,7 +154,7 @@ def _unread_compression(config: Mapping[str, Any]) -> str:
     return f"compressed-tensors' {form} of {of.get('num_bits')}-bit {of.get('type')}s by {of.get('strategy')}"
 
 
-TARGET = Target(
+TARGET = Program(
     program="convert_lora_to_gguf.py",
     loader="convert_hf_to_gguf.py",
     version="llama.cpp's converters of autumn 2026",

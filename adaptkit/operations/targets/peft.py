@@ -15,7 +15,7 @@ from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 from adaptkit.operations.targets._peft_experts import EXPERTS
 from adaptkit.operations.targets._peft_features import of_adapter
-from adaptkit.operations.targets._target import Sighting, Target, error, seen, warning
+from adaptkit.operations.targets._target import Program, Sighting, error, seen, warning
 
 _DROPS = "peft silently drops it, so it changes nothing"
 _SIZE = "peft fails: size mismatch"
@@ -116,7 +116,7 @@ def _in_checkpoint(files: CheckpointFiles) -> Iterator[Sighting]:
     yield from seen("uneven rows", uneven, "row length is not a multiple of the block size")
 
 
-TARGET = Target(
+TARGET = Program(
     program="peft",
     loader="transformers",
     version="peft 0.21.2 with transformers 5",

@@ -18,7 +18,7 @@ from adaptkit.operations.targets import _adapter_features as features
 from adaptkit.operations.targets import _checkpoint_features as checkpoint
 from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN, REJECTS
 from adaptkit.operations.targets._adapter_files import AdapterFiles, is_rank
-from adaptkit.operations.targets._target import Sighting, Target, error, seen, some, warning
+from adaptkit.operations.targets._target import Program, Sighting, error, seen, some, warning
 
 _ADDED = "added_tokens.json"
 _LAYER = re.compile(r"layers\.\d+\.")
@@ -162,7 +162,7 @@ def _added_tokens(files: AdapterFiles) -> Iterator[Sighting]:
     yield from seen("added tokens", added, f"{_ADDED}: {{}}", doubtful=size is None)
 
 
-TARGET = Target(
+TARGET = Program(
     program="SGLang",
     loader="SGLang",
     version="SGLang 0.5.23",

@@ -13,7 +13,7 @@ from adaptkit.operations.targets import _adapter_features as features
 from adaptkit.operations.targets import _checkpoint_features as checkpoint
 from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN, REJECTS, RENAME
 from adaptkit.operations.targets._adapter_files import AdapterFiles
-from adaptkit.operations.targets._target import Sighting, Target, error, seen, warning
+from adaptkit.operations.targets._target import Program, Sighting, error, seen, warning
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_RANK = 16
@@ -171,7 +171,7 @@ def _tables(files: AdapterFiles) -> Iterator[Sighting]:
         yield Sighting("large head", f"lm_head with a vocabulary of {size}")
 
 
-TARGET = Target(
+TARGET = Program(
     program="vLLM",
     loader="vLLM",
     version="vLLM 0.33.0",

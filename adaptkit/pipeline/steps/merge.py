@@ -9,7 +9,7 @@ from adaptkit.wording import counted
 
 def _run(work: Work) -> Outcome:
     report = merge(work.path("merge"), work.paths["adapters"], work.output, work.options, progress=work.progress)
-    for text in report.told:
+    for text in report.notes:
         work.note(text)
     facts = {"base_verified": report.base_verified, "relative_delta": report.relative_delta, "effect": report.effect}
     kept = f"{100 * (report.effect or 0):.3g} % of the change kept"

@@ -7,7 +7,7 @@ from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 def _run(work: Work) -> Outcome:
     report = resize(work.path("resize"), work.output, work.options)
-    for text in report.told:
+    for text in report.notes:
         work.note(text)
     figure = f"{report.parameters_before:,} -> {report.parameters:,} parameters"
     return Outcome(figure, {"ranks": list(report.ranks), "relative_error": report.relative_error})

@@ -10,7 +10,7 @@ from adaptkit.wording import counted
 
 def _run(work: Work) -> Outcome:
     report = stack(work.paths["stack"], work.output, work.options, progress=work.progress)
-    for text in report.told:
+    for text in report.notes:
         work.note(text)
     stacked = f"{counted(report.adapters, 'adapter')} by {report.method}"
     figure = f"{stacked}, {100 * report.energy_kept:.3g} % of the squared norm kept"

@@ -269,9 +269,12 @@ def test_recomputing_detects_an_artifact_that_its_operation_does_not_produce(cop
 
 def test_invalid_options_in_a_manifest_are_an_integrity_error(copied):
     manifest = require_manifest(copied / "tuned")
-    for options in ({}, {"weights": [1.0]}, manifest.operation["options"] | {"format": "gguf"}):
+    recorded = manifest.operation["options"]
+    different, impossible = "gives a different result", "cannot be run again with the options of its manifest"
+    cases = (({}, different), ({"weights": [1.0]}, different), (recorded | {"format": "gguf"}, impossible))
+    for options, problem in (*cases, (recorded | {"shape": "round"}, impossible)):
         edit_manifest(copied / "tuned", operation={"name": "merge", "options": options})
-        with pytest.raises(IntegrityError, match="cannot be run again with the options of its manifest"):
+        with pytest.raises(IntegrityError, match=problem):
             verified(copied / "tuned", copied, recompute=True)
 
 
