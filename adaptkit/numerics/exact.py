@@ -9,8 +9,6 @@ merged value does not determine. ``kernels.reference`` defines it, and ``residua
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,27 +16,14 @@ from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.kernels import cpu
+from adaptkit.numerics.kernels._cpu_factors import ROWS, PackedFactors
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.numerics.lora import LowRank
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Low-rank changes of a weight of shape (out, in), in the kernels' own form; threads may share it."""
-
-    shape: tuple[int, int]
-    factors: Any
-
-    def require_rows(self, weight: Array, start_row: int) -> None:
-        """Raise ``ValueError`` if the weight is not rows from ``start_row`` on of one that these changes fit."""
-        rows, columns = self.shape
-        if weight.shape[1] != columns or not 0 <= start_row <= start_row + weight.shape[0] <= rows:
-            raise ValueError(f"rows of shape {weight.shape} from row {start_row} on are outside {self.shape}")
-
-
-def prepare(terms: Sequence[LowRank]) -> Prepared:
+def prepare(terms: Sequence[LowRank]) -> PackedFactors:
     """Prepare at least one low-rank change, in the order of adding; once per weight, not once per block of rows."""
-    return Prepared(terms[0].shape, cpu.prepare(*_side_by_side(terms)))
+    return cpu.prepare(*_side_by_side(terms))
 
 
 def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Array:
@@ -49,7 +34,7 @@ def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Array:
     return cpu.low_rank_delta(*_side_by_side(terms, rows))
 
 
-def merge_rows(weight: Array, prepared: Prepared, start_row: int, with_undo: bool) -> RowsMerged:
+def merge_rows(weight: Array, prepared: PackedFactors, start_row: int, with_undo: bool) -> RowsMerged:
     """Add low-rank changes to some rows of a weight: summed in float64, rounded once.
 
     Args:
@@ -61,21 +46,21 @@ def merge_rows(weight: Array, prepared: Prepared, start_row: int, with_undo: boo
     Raises:
         NonFiniteError: the weight is not finite, or the sum overflows its dtype.
     """
-    prepared.require_rows(weight, start_row)
-    found = cpu.merge_rows(weight, prepared.factors, start_row, with_undo)
+    _require_rows(prepared, weight, start_row)
+    found = cpu.merge_rows(weight, prepared, start_row, with_undo)
     if not found.finite:
         raise _not_finite_error(weight)
     return found
 
 
-def unmerge_rows(merged: Array, prepared: Prepared, start_row: int, residual: Array) -> Array:
+def unmerge_rows(merged: Array, prepared: PackedFactors, start_row: int, residual: Array) -> Array:
     """Restore the rows that ``merge_rows`` was given, to the bit, from what it returned and the same changes.
 
     Raises:
         ValueError: the residual's length does not match this merge.
     """
-    prepared.require_rows(merged, start_row)
-    return _restored(*cpu.unmerge_rows(merged, prepared.factors, start_row, residual), residual)
+    _require_rows(prepared, merged, start_row)
+    return _restored(*cpu.unmerge_rows(merged, prepared, start_row, residual), residual)
 
 
 def merge_affine(weight: Array, change: Array, gain: Array | None, with_undo: bool) -> RowsMerged:
@@ -108,6 +93,13 @@ def unmerge_affine(merged: Array, change: Array, gain: Array | None, residual: A
         ValueError: the residual's length does not match this merge.
     """
     return _restored(*cpu.undo(merged, change, residual, gain), residual)
+
+
+def _require_rows(factors: PackedFactors, weight: Array, start: int) -> None:
+    """Raise ``ValueError`` for rows that are not of a weight that the changes fit: kernels check no index."""
+    height, columns = len(factors.b) - ROWS, factors.columns
+    if weight.shape[1] != columns or not 0 <= start <= start + len(weight) <= height:
+        raise ValueError(f"rows of shape {weight.shape} from row {start} on are outside {(height, columns)}")
 
 
 def _side_by_side(terms: Sequence[LowRank], rows: slice = slice(None)) -> tuple[Array, Array, list[int], list[float]]:

@@ -34,17 +34,17 @@ def _rounded_once(array, number):
         magic = np.int64(max(bits & _EXPONENT, floor) + step).view(np.float64)
         multiple = np.float64((number + magic) - magic)
         signed = np.int64(multiple.view(np.int64) | (bits & _SIGN)).view(np.float64)  # restores the sign of a zero
-        return _narrow(array, np.float32(signed))
+        return narrow(array, np.float32(signed))
 
     return impl
 
 
-def _narrow(array, number):
+def narrow(array, number):
     """Return the bits, in an array's type, of a float32 that the type represents exactly or that overflows it."""
     raise NotImplementedError
 
 
-@overload(_narrow)
+@overload(narrow)
 def _narrow_to(array, number):
     if array.dtype.name == "uint16":
         return lambda array, number: np.uint16(np.float32(number).view(np.uint32) >> np.uint32(16))

@@ -12,6 +12,7 @@ All tests check what makes an element certain, so that NaN and infinity are doub
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
+from adaptkit.numerics.kernels._cpu_double import narrow
 from adaptkit.numerics.kernels._cpu_float import any_value
 from adaptkit.numerics.kernels._jit import INLINED, compiled, inlined, jit, overload
 
@@ -76,23 +77,6 @@ def _nearest(array, number):
     return np.uint32(np.uint32(bits + odd + (step >> np.uint32(1)) - np.uint32(1)) & ~np.uint32(step - np.uint32(1)))
 
 
-def _narrowed(array, bits):
-    """Convert the bits of a float32 to a 16-bit type that represents it exactly as a normal number."""
-    raise NotImplementedError
-
-
-@overload(_narrowed)
-def _narrowed_to(array, bits):
-    if array.dtype.name == "uint16":
-        return lambda array, bits: np.uint16(np.uint32(bits) >> np.uint32(16))
-
-    def impl(array, bits):
-        size = np.uint32(np.uint32(np.uint32(bits & _SIZE) - np.uint32(0x38000000)) >> np.uint32(13))
-        return np.int16(np.uint16(size | (np.uint32(bits & _SIGN) >> np.uint32(16))))
-
-    return impl
-
-
 @jit
 def trusted_range(array, error):
     """Return the bits of the least magnitude that can be decided with an error, and the length of the range in bits."""
@@ -141,7 +125,7 @@ def round_row(weight, row, left, count, delta, i, error, least, span, out, doubt
         before, change = any_value(old, old[j]), changes[j]
         total = before + change
         bits = _nearest(new, total)
-        new[j] = _narrowed(new, bits)
+        new[j] = narrow(new, _number(bits))
         doubt = not _is_certain(new, total, error, least, span)
         doubts[j] = np.uint8(doubt)
         doubtful = np.int32(doubtful + np.int32(doubt))
@@ -179,7 +163,7 @@ def find_candidates(merged, row, left, count, delta, i, error, least, span, gues
         unique = known & (inside < half - off) & (outside > half + off)
         ambiguous = known & ((inside > half + off) | (outside < half - off))
         states[j] = np.uint8(CERTAIN) if unique else (np.uint8(AMBIGUOUS) if ambiguous else np.uint8(UNKNOWN))
-        guesses[j] = _narrowed(guesses, place ^ sign)
+        guesses[j] = narrow(guesses, _number(place ^ sign))
 
 
 @jit

@@ -15,8 +15,8 @@ from adaptkit.errors import IntegrityError, NonFiniteError
 from adaptkit.numerics import exact
 from adaptkit.numerics.affine import Effect, combine, square_sums
 from adaptkit.numerics.dtypes import Array
-from adaptkit.numerics.exact import Prepared
 from adaptkit.numerics.finite import check_finite
+from adaptkit.numerics.kernels._cpu_factors import PackedFactors
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.numerics.spec import ITEM_BYTES
 from adaptkit.operations._merge.edits import AdapterStep, Edit, matrix_of
@@ -67,7 +67,7 @@ class Fold:
 
     def __init__(self, edit: Edit, lengths: Mapping[int, Array]) -> None:
         self.edit, self._lengths = edit, lengths
-        self._prepared: dict[int, Prepared | None] = {}
+        self._prepared: dict[int, PackedFactors | None] = {}
 
     def pieces(self, run_bytes: int = RUN_BYTES) -> list[Rows]:
         """Split the result's rows into runs of at most about ``run_bytes``, at least one row each."""
@@ -132,7 +132,7 @@ class Fold:
         there = matrix_of(self.edit.base_shape)[0]
         return Rows(rows.start, max(0, min(rows.count, there - rows.start)))
 
-    def _terms(self, rows: Rows) -> Prepared | None:
+    def _terms(self, rows: Rows) -> PackedFactors | None:
         """Return the changes of rows that only low-rank ones are added to; None for others, and an unchanged expert."""
         if not self.edit.is_plain:
             return None
