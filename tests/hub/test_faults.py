@@ -201,40 +201,6 @@ def test_a_tag_set_concurrently_by_another_job_is_not_moved(
     assert "new.txt" in repository.files()
 
 
-def test_a_concurrent_commit_of_the_same_files_counts_as_success(
-    cli: Any, start: Callable[..., None], hub: LocalHub, repository: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two CI jobs that publish the same artifact at the same time both succeed, with a single commit."""
-    start()
-    take_fault, begun = hub.take_fault, []
-
-    def other_job_first(method: str, path: str) -> str | None:
-        if COMMIT in path and not begun:
-            begun.append(path)
-            assert cli_of_another_job() == 0
-        return take_fault(method, path)
-
-    def cli_of_another_job() -> int:
-        import os
-        import subprocess
-        import sys
-
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": "hf_plantedTokenForTests0123",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(cli.folder / "other-home"),
-        }
-        command = [sys.executable, "-m", "adaptkit.cli.main", *PUBLISH[:3], "--quiet"]
-        return subprocess.run(command, cwd=cli.folder, env=environment, check=False).returncode
-
-    monkeypatch.setattr(hub, "take_fault", other_job_first)
-    done = cli(*PUBLISH)
-    assert done.code == OK, done.stdout
-    check_complete(repository, tagged=True)
-
-
 @pytest.mark.parametrize(
     ("name", "command"),
     [("../evil", PUBLISH), *((name, PULL) for name in ("/etc/passwd", "a\nb", "a\\..\\b", ".git/config", "a/../../b"))],

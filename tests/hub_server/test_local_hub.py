@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,17 +139,6 @@ def test_files_uploaded_by_lfs_or_xet_are_listed_alike_and_downloaded_as_they_we
         assert new_client(hub.url)("answer(failure(read, 'small.bin', 'main'))") == [501, "HfHubHTTPError"]
 
 
-def test_a_second_run_commits_nothing_and_uploads_nothing_over_lfs(hub: LocalHub, client: Any, repo: str) -> None:
-    names = sorted(some_files(client.folder))
-    code = f"answer(commit(add(*{names}), parent_commit={repo!r}).oid)"
-    oid = client(code)
-    assert (count(hub, "PUT /lfs/"), count(hub, "POST .*/commit/")) == (3, 1)
-    for xet in (False, True):  # over Xet the client learns a file's sha256 only by sending it
-        assert client(code, xet=xet) == oid
-    assert (count(hub, "PUT /lfs/"), count(hub, "POST .*/commit/")) == (3, 1)
-    assert head(hub) == oid != repo
-
-
 def test_range_and_head_requests_return_what_they_ask_for(hub: LocalHub, client: Any, repo: str) -> None:
     content = some_file(client)
     oid = client("answer(commit(add('noise.bin')).oid)")
@@ -179,49 +167,6 @@ def test_a_commit_on_a_stale_parent_is_refused_and_changes_nothing(hub: LocalHub
         """
     )
     assert done == [head(hub), [412, "HfHubHTTPError"], [".gitattributes", "a.txt"]]
-
-
-def test_of_concurrent_commits_on_one_parent_exactly_one_succeeds(hub: LocalHub, repo: str) -> None:
-    answers: list[tuple[int, Any]] = []
-    threads = [
-        threading.Thread(target=lambda n=n: answers.append(send_commit(hub, text_file(f"{n}.txt"), parentCommit=repo)))
-        for n in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(status for status, _ in answers) == [200] + [412] * 7
-    assert [answer["commitOid"] for status, answer in answers if status == 200] == [head(hub)]
-
-
-def test_a_commit_id_is_the_hash_of_its_content_and_ancestors_stay_readable(
-    hub: LocalHub, client: Any, repo: str
-) -> None:
-    some_file(client, "a.txt"), some_file(client, "b.txt")
-    oids = client(
-        """
-        first, second = commit(add("a.txt")).oid, commit(add("b.txt") + [Delete("a.txt")]).oid
-        assert api.list_repo_files(repo, revision=first) == [".gitattributes", "a.txt"]
-        assert api.list_repo_files(repo, revision=second) == [".gitattributes", "b.txt"]
-        answer([c.commit_id for c in api.list_repo_commits(repo)])
-        """
-    )
-    assert (oids[0], oids[-1], len(set(oids))) == (head(hub), repo, 3)
-    for oid in oids:
-        stored = (hub.store.folder / "repos/me/model/commits" / f"{oid}.json").read_bytes()
-        assert hashlib.sha1(stored).hexdigest() == oid
-
-
-def test_deletions_remove_files_or_folders_and_refuse_missing_paths(hub: LocalHub, client: Any, repo: str) -> None:
-    assert send_commit(hub, *(text_file(path) for path in ("d/a", "d/e/b", "da", "x")))[0] == 200
-    done = client(
-        """
-        commit([Delete("d/"), Delete("x")])
-        answer([api.list_repo_files(repo), failure(commit, [Delete("d/a")])])
-        """
-    )
-    assert done == [[".gitattributes", "da"], [404, "RemoteEntryNotFoundError"]]
 
 
 @pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b", ".git/config", "a/.git/b", "", "a\0b", "README.md/x"])
@@ -278,21 +223,6 @@ def test_creating_an_existing_tag_or_branch_conflicts_and_keeps_its_target(
     assert done[8:] == [repo, repo, oid]
 
 
-def test_a_branch_and_a_tag_with_the_same_name_stay_separate(hub: LocalHub, client: Any, repo: str) -> None:
-    some_file(client, "a.txt")
-    done = client(
-        """
-        api.create_tag(repo, tag="twin"), api.create_branch(repo, branch="twin")
-        oid = commit(add("a.txt"), revision="twin").oid
-        commit(add("a.txt"), revision="twin", parent_commit=oid)
-        answer([oid, head("twin"), head("refs/heads/twin")])
-        """
-    )
-    assert done[1:] == [repo, done[0]]
-    assert done[0] != repo
-    assert count(hub, "POST .*/commit/twin") == 1
-
-
 def test_a_pull_request_holds_its_commits_and_leaves_main_alone(hub: LocalHub, client: Any, repo: str) -> None:
     some_file(client), some_file(client, "a.txt")
     done = client(
@@ -347,16 +277,6 @@ def test_a_private_repository_needs_a_token_and_writing_needs_a_write_token(clie
 # --- faults
 
 
-@pytest.mark.parametrize("kind", ["503", "429", "drop"])
-def test_the_client_retries_an_upload_after_a_temporary_fault(hub: LocalHub, client: Any, repo: str, kind: str) -> None:
-    content = some_file(client)
-    hub.faults.append(Fault("PUT", "^/lfs/", kind))
-    assert bytes.fromhex(client("answer(read('noise.bin', commit(add('noise.bin')).oid).hex())")) == content
-    assert hub.faults == []
-    first = 0 if kind == "drop" else int(kind)
-    assert [status for method, _, status in hub.requests if method == "PUT"] == [first, 200]
-
-
 def test_drop_prevents_a_commit_and_lost_only_its_answer(hub: LocalHub, client: Any, repo: str) -> None:
     some_file(client, "a.txt")
     code = f"answer(failure(lambda: commit(add('a.txt'), parent_commit={repo!r})))"
@@ -367,16 +287,6 @@ def test_drop_prevents_a_commit_and_lost_only_its_answer(hub: LocalHub, client: 
     assert client(code) == [0, "RemoteProtocolError"]
     assert head(hub) != repo
     assert client(f"answer(commit(add('a.txt'), parent_commit={repo!r}).oid)") == head(hub)
-
-
-def test_a_status_fault_prevents_the_action_as_often_as_requested(hub: LocalHub, client: Any, repo: str) -> None:
-    hub.faults.append(Fault("*", "/api/repos/create|/tag/", "500", 2))
-    code = """
-    answer([failure(api.create_tag, repo, tag=f"v{n}") for n in range(3)] + [len(api.list_repo_refs(repo).tags)])
-    """
-    assert client(code) == [[500, "HfHubHTTPError"], [500, "HfHubHTTPError"], None, 1]
-    hub.faults.append(Fault("GET", "/refs", "500", -1))
-    assert client("answer([failure(api.list_repo_refs, repo)[0] for _ in range(4)])") == [500] * 4
 
 
 def test_a_truncated_download_is_resumed_by_range(hub: LocalHub, client: Any, repo: str) -> None:
@@ -400,14 +310,6 @@ def test_a_corrupt_download_has_the_right_size_and_one_wrong_bit(hub: LocalHub, 
     different = [(a, b) for a, b in zip(bytes.fromhex(found), content, strict=True) if a != b]
     assert [(a ^ b).bit_count() for a, b in different] == [1]
     assert mismatches == ["noise.bin"]
-
-
-def test_a_status_fault_can_set_retry_after_and_received_bytes_are_counted(hub: LocalHub) -> None:
-    hub.faults += [Fault("GET", "/x", "503+2"), Fault("POST", "/y", "503")]
-    status, headers, _ = send(hub, "GET", "/x")
-    assert (status, headers["Retry-After"]) == (503, "2")
-    status, headers, _ = send(hub, "POST", "/y", b"12345")
-    assert (status, "Retry-After" in headers, hub.bytes_received) == (503, False, 5)
 
 
 def test_faults_are_parsed_from_text_and_unknown_ones_are_refused() -> None:

@@ -77,7 +77,6 @@ def test_measurements_that_failed_are_named_in_the_table(tmp_path):
 
 ENDINGS = {
     "fails": ("sys.exit('no more')", "no more"),
-    "crashes": ("os.kill(os.getpid(), 9)", "killed by SIGKILL"),
     "waits": ("time.sleep(60)", "the time limit was reached"),
 }
 
@@ -107,23 +106,6 @@ def test_figures_measured_before_a_failure_or_timeout_are_in_the_table(tmp_path,
     assert f"incomplete: {said}" in rows[0]
 
 
-def test_a_measurement_that_never_ends_leaves_time_for_the_others(tmp_path, monkeypatch, capsys):
-    """What it was doing is printed, so that the cause can be found."""
-    monkeypatch.setattr(bench_gpu, "LONGEST", 4.0)
-    monkeypatch.setattr(bench_gpu, "LEAST", 0.0)
-    script = tmp_path / "stuck.py"
-    script.write_text(
-        f"import json, sys, time\nsys.path.insert(0, {str(ROOT / 'scripts')!r})\nimport bench_gpu\n"
-        "bench_gpu.MEASUREMENTS['ours'] = lambda *_: time.sleep(60)\n"
-        "bench_gpu.work(json.loads(sys.argv[2]))\n"
-    )
-    monkeypatch.setattr(bench_gpu, "__file__", str(script))
-    clock = bench_gpu.Clock(100)
-    assert list(bench_gpu.run("ours", tmp_path, TINY, "cpu", 1, clock)) == [{"error": "the time limit was reached"}]
-    assert clock.left() > 50
-    assert "in work\n" in capsys.readouterr().err
-
-
 def test_after_sigterm_neither_the_bases_nor_the_measurement_remain(tmp_path):
     """The bases may be in memory, and the measurement would keep the GPU busy."""
     script, table, number = (tmp_path / name for name in ("waits.py", "table.md", "process"))
@@ -145,24 +127,6 @@ def test_after_sigterm_neither_the_bases_nor_the_measurement_remain(tmp_path):
         os.kill(int(number.read_text()), 0)
 
 
-def test_every_figure_is_reported_as_soon_as_it_is_known(tmp_path, monkeypatch):
-    def run(what, *_):
-        yield {"seconds": 1.0, "what": what}
-        yield {"seconds": 1.0, "what": what, "more": True}
-
-    monkeypatch.setattr(bench_gpu, "make_bases", lambda *_: "")
-    monkeypatch.setattr(bench_gpu, "run", run)
-    reported = [
-        [(results["what"], "more" in results) for results in found.values()]
-        for found in bench_gpu.compare(TINY, "cpu", 1, tmp_path, bench_gpu.Clock(9))
-    ]
-    ours, peer, long = (("ours", True), ("peer", True), ("long", True))
-    assert reported == [
-        [("ours", False)], [ours], [ours, ("peer", False)], [ours, peer], [ours, peer, ("long", False)],
-        [ours, peer, long],
-    ]  # fmt: skip
-
-
 def test_a_peer_that_fails_is_measured_without_paging_instead(tmp_path, monkeypatch):
     ours, unpaged = {"seconds": 0.1, "peak": 3 << 20}, {"seconds": 0.16, "peak": 4 << 20}
     results = {"ours": ours, "peer": {"error": "no managed memory"}, "unpaged": unpaged, "long": {"error": "x"}}
@@ -173,23 +137,6 @@ def test_a_peer_that_fails_is_measured_without_paging_instead(tmp_path, monkeypa
     assert "not measured: no managed memory" in rows[1]
     assert "its state not paged | 400 tokens/s" in rows[2]
     assert ["| 1.60 |" in rows[3], "| 0.75 |" in rows[4]] == [True, True]
-
-
-def test_a_base_that_cannot_be_made_is_reported_for_each_figure(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(bench_gpu, "make_base", full)
-    found = list(bench_gpu.compare(TINY, "cpu", 1, tmp_path, bench_gpu.Clock(9)))[-1]
-    assert {side["error"] for side in found.values()} == {
-        "the base could not be made: [Errno 28] No space left on device"
-    }
-    assert len(bench_gpu.lines(TINY, found)) == 3
-
-
-def test_a_missing_library_is_named_in_the_table(monkeypatch):
-    monkeypatch.setattr(bench_gpu, "LIBRARIES", ("torch", "no-such-library"))
-    assert "no-such-library not installed" in bench_gpu.heading("cpu")
 
 
 def test_without_a_gpu_the_script_says_so_and_measures_nothing():
