@@ -85,24 +85,6 @@ def test_the_documented_options_and_defaults_are_those_of_the_methods():
         assert rank.strip() == {"as given": "sum", "largest": "largest", "sum": "sum"}[method.length], name
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("adapter_model.safetensors", b"cut off"),
-        ("adaptkit-manifest.json", b"{}"),
-        ("adaptkit-manifest.json", b'{"schema":2}'),
-    ],
-)
-def test_of_several_adapters_the_one_with_a_damaged_file_is_named(
-    name, content, run_cli, adapter, second_adapter, copy_of, tmp_path
-):
-    damaged = copy_of(second_adapter)
-    (damaged / name).write_bytes(content)
-    done = run_cli("stack", adapter, damaged, "--method", "linear", "-o", tmp_path / "out")
-    assert done.code in {3, 5}
-    assert f"error: {damaged / name}: " in done.stderr
-
-
 def test_a_stack_of_changes_that_cancel_says_so(run_cli, adapter, second_adapter, tmp_path):
     """Its factors are kept as they are, and each of them is large."""
     everywhere = "the changes cancel in every module, such as model.layers.0.mlp.down_proj, where the result is only"

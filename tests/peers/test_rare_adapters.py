@@ -39,8 +39,7 @@ def randomize(model, scale):
         parameter.data += draw(parameter.shape) * scale
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-@pytest.mark.parametrize("kind", ["roberta", "electra"])
+@pytest.mark.parametrize(("kind", "bias"), [("roberta", "all"), ("electra", "lora_only")])
 def test_a_saved_head_of_several_layers_is_read_with_its_biases(tmp_path, kind, bias):
     """peft saves the biases inside such a head three times: as biases, in the trained copy and in the original."""
     values = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "num_labels": 3}
