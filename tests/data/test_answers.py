@@ -419,3 +419,11 @@ def test_reasoning_of_answers_in_a_prompt_is_read_and_that_of_users_reported_as_
     assert (example.messages[1]["reasoning_content"], example.learned) == ("b", (3,))
     assert example.ignored == {"thinking"}
     assert "reasoning_content" not in example.messages[0]
+
+
+def test_the_end_token_follows_the_last_word_if_the_template_has_none(make):
+    tokenizer = make(
+        TURNS + "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (sample,) = encode(chat("Name a river", "the Rhine  "), tokenizer)
+    assert learned(sample, tokenizer) == "the Rhine<|end|>"

@@ -74,6 +74,11 @@ def test_a_null_column_is_named_unless_another_one_has_the_text(row, message):
     assert ('write ""' in caught.value.hint) == may_be_empty
 
 
+def test_a_null_column_of_a_given_layout_is_named():
+    with pytest.raises(DataError, match="here: text is null"):
+        read_example({"text": None}, "here", "text")
+
+
 OTHERS = {
     "query": "SELECT name",
     "problem": "9",

@@ -451,3 +451,13 @@ def test_an_end_token_that_the_template_adds_before_the_next_message_is_learned(
         assert learned(encode(CHAT, tokenizer), tokenizer) == "the Rhinethe Po</s>"
     finally:
         tokenizer.chat_template = own
+
+
+def test_the_tokenizers_first_token_is_not_added_to_a_template_without_it(families, llama):
+    """As in transformers, the template decides."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.backend_tokenizer.post_processor = families["mistral"].backend_tokenizer.post_processor
+    assert tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]
+    tokenizer.chat_template = ALPACA
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
+    assert list(encode(CHAT, tokenizer).ids[:-1]) == whole[: len(encode(CHAT, tokenizer).ids) - 1]

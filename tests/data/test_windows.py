@@ -296,3 +296,19 @@ def test_the_windows_of_a_partly_read_text_are_those_of_the_whole_text(
                 read_tokens([path], llama, window=window, max_tokens=limit)
         else:
             assert read_tokens([path], llama, window=window, max_tokens=limit).tolist() == expected
+
+
+def test_the_smallest_window_has_room_for_text_if_a_tokenizer_prepends_two_tokens(copy_of, llama, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    folder = copy_of(llama)
+    tokenizer = load_tokenizer(folder)
+    both = [(tokenizer.convert_ids_to_tokens(number), number) for number in (0, 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(token for token, _ in both) + " $A", special_tokens=both
+    )
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder)("whales")["input_ids"][:2] == [0, 1]
+    windows = read_tokens([write(tmp_path, "prose.txt", PROSE)], folder, window=2)
+    assert windows.shape[1] == 2
+    assert len(windows) > 10
