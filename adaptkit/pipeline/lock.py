@@ -77,7 +77,7 @@ class Lock:
     def commit(self, source: Source) -> str | None:
         """Return the commit that the existing lock names for a repository; None if it has none for this revision."""
         entry = (self._before or {}).get("sources", {}).get(source.name, {})
-        is_same = all(entry.get(key) == value for key, value in source.written().items())
+        is_same = all(entry.get(key) == value for key, value in source.entry().items())
         commit = entry.get("commit")
         return commit if is_same and isinstance(commit, str) and is_commit(commit) else None
 
@@ -127,8 +127,8 @@ class Lock:
         found = {
             "name": recipe.name,
             "tool": self.content["tool"],
-            "sources": {name: source.written() for name, source in recipe.sources.items()},
-            "steps": {name: {"recipe": _json(step.written)} for name, step in recipe.steps.items()},
+            "sources": {name: source.entry() for name, source in recipe.sources.items()},
+            "steps": {name: {"recipe": _json(step.entry)} for name, step in recipe.steps.items()},
         }
         known = {
             "name": expected["name"],

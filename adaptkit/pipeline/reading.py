@@ -195,7 +195,7 @@ def _check_references(step: Step, sources: Mapping[str, Source], steps: Sequence
             raise place.error(f"the step {name!r} makes no artifact", hint=f"to wait for it, write needs: [{name}]")
         if name not in made and name not in sources:
             raise place.error(f"no source or step named {name!r}", hint=nearest(name, {*sources, *made}))
-        if name in made and not taken.made:
+        if name in made and not taken.takes_outputs:
             raise place.error(f"{name!r} is the output of a step, and so has a manifest", hint="use it as it is")
         if taken.takes == "file" and (name in made or sources[name].repo is not None):
             raise place.error(f"{name!r} is a folder; expected a file", hint="name a source that is a file")

@@ -42,7 +42,7 @@ class Source:
     repo: str | None = None
     revision: str = "main"
 
-    def written(self) -> dict[str, str]:
+    def entry(self) -> dict[str, str]:
         """Return the source's entry in the recipe, with defaults, for the lock."""
         return {"path": self.path} if self.path is not None else {"repo": str(self.repo), "revision": self.revision}
 
@@ -62,7 +62,7 @@ class Step:
         inputs: key -> names of sources and of other steps' artifacts.
         needs: names of further steps that must run before.
         makes: maps names of its artifacts to their kinds; None if the kind depends on an input.
-        written: the step's entry in the recipe, for the lock.
+        entry: the step's entry in the recipe, for the lock.
         place: location in the recipe, for errors.
     """
 
@@ -73,7 +73,7 @@ class Step:
     inputs: Inputs
     needs: tuple[str, ...]
     makes: Mapping[str, Kind | None]
-    written: Mapping[str, Any]
+    entry: Mapping[str, Any]
     place: Place
 
     def takes(self) -> Iterator[tuple[Input, str]]:

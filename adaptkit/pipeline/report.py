@@ -106,18 +106,18 @@ class Listener:
     """Callbacks for the events of a run.
 
     Attributes:
-        started: called with each source before it is looked for, and each step before it runs; not for kept steps.
+        on_start: called with each source before it is looked for, and each step before it runs; not for kept steps.
         source_progress: called with (done, total) bytes of the source, first downloaded, then hashed.
         progress: called with the progress (done, total) of the running step.
         note: called with a one-line message for the user.
-        ended: called with each report of a source or step, also for kept steps and failed gates.
+        on_end: called with each report of a source or step, also for kept steps and failed gates.
     """
 
-    started: Callable[[Source | Step], None] = lambda _: None
+    on_start: Callable[[Source | Step], None] = lambda _: None
     source_progress: Progress = no_progress
     progress: Progress = no_progress
     note: Callable[[str], None] = lambda _: None
-    ended: Callable[[InputReport | StepResult], None] = lambda _: None
+    on_end: Callable[[InputReport | StepResult], None] = lambda _: None
 
     def note_of(self, step: Step) -> Callable[[str], None]:
         """Return a callback that passes a step's messages to ``note``, with its name and the recipe's keys in them."""

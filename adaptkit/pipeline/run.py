@@ -108,7 +108,7 @@ class _Run:
         for step in self._recipe.steps.values():
             key = step_key(step, self._materials)
             if key is not None and step not in self._steps:
-                self._lock.add(step.written, "steps", step.name, "recipe")
+                self._lock.add(step.entry, "steps", step.name, "recipe")
                 self._lock.add(key, "steps", step.name, "key")
 
     def _find_sources(self) -> list[InputReport]:
@@ -129,7 +129,7 @@ class _Run:
         return reports
 
     def _find_source(self, source: Source, location: Location) -> InputReport:
-        self._listener.started(source)
+        self._listener.on_start(source)
         found = resolve(
             source,
             location,
@@ -141,16 +141,16 @@ class _Run:
         )
         self._materials[source.name] = found
         if found.path is not None:
-            self._lock.add(found.locked, "sources", source.name)
+            self._lock.add(found.lock_entry, "sources", source.name)
         report = InputReport(
             name=source.name,
             what=str(source),
-            commit=found.locked.get("commit"),
+            commit=found.lock_entry.get("commit"),
             digest=found.digest,
             bytes=found.nbytes,
             is_here=found.path is not None,
         )
-        self._listener.ended(report)
+        self._listener.on_end(report)
         return report
 
     def _plan(self, step: Step) -> StepResult:
@@ -177,7 +177,7 @@ class _Run:
         began, key = time.monotonic(), step_key(step, self._materials)
         if key is None:
             raise ValueError(f"{step.name}: an input is not known")
-        self._lock.add(step.written, "steps", step.name, "recipe")
+        self._lock.add(step.entry, "steps", step.name, "recipe")
         self._lock.add(key, "steps", step.name, "key")
         record = None if step.how.publishes else self.work.find(step, key, self._listener.note)
         state = "done" if record is None else "kept"
@@ -194,7 +194,7 @@ class _Run:
             outputs=outputs,
             facts=record.facts,
         )
-        self._listener.ended(report)
+        self._listener.on_end(report)
         if judgement:
             raise GateError(
                 f"{self._recipe.path}: the gate {step.name} failed: {judgement}",
@@ -207,7 +207,7 @@ class _Run:
             self._rehearse_others(step)
         else:
             self._publishing.before_work()
-        self._listener.started(step)
+        self._listener.on_start(step)
         self._require_unchanged(step)
         self.work.begin(step, key)
         with prefix_errors(step), self._advise_on_damage(step):

@@ -41,13 +41,13 @@ class StepInput:
         path: of the file or folder; None if it is not on this machine yet.
         digest: identifies its content; None if not known yet.
         nbytes: its size.
-        locked: its entry in the lock; empty for a step's output.
+        lock_entry: its entry in the lock; empty for a step's output.
     """
 
     path: Path | None
     digest: str | None
     nbytes: int
-    locked: Mapping[str, Any]
+    lock_entry: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def resolve(
         UsageError, CheckpointError: the repository has nothing that adaptkit reads.
         AuthenticationError, NetworkError: the Hub denied access or did not answer.
     """
-    locked: dict[str, Any] = source.written() | ({} if location.commit is None else {"commit": location.commit})
+    entry: dict[str, Any] = source.entry() | ({} if location.commit is None else {"commit": location.commit})
     path = location.path
     if path is None:
         repo, commit = str(source.repo), str(location.commit)
@@ -216,12 +216,12 @@ def resolve(
         else:
             path, nbytes = find_complete(repo, commit, note)
             if path is None:
-                return StepInput(None, None, nbytes, locked)
+                return StepInput(None, None, nbytes, entry)
     if path.is_dir():
         digest, nbytes, found = _folder(path, hashes, with_card, progress)
-        return StepInput(path, digest, nbytes, locked | found)
+        return StepInput(path, digest, nbytes, entry | found)
     (digest,) = hashes.all_sha256([path], progress)
-    return StepInput(path, digest, path.stat().st_size, locked | {"sha256": digest})
+    return StepInput(path, digest, path.stat().st_size, entry | {"sha256": digest})
 
 
 def digest_of(path: Path, hashes: Hashes, *, with_card: bool) -> str:

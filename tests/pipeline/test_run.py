@@ -157,7 +157,7 @@ def test_a_source_that_changes_before_its_step_runs_is_an_error(release, recipe)
             flip(release / "model" / "model.safetensors")
 
     with pytest.raises(IntegrityError, match=r"merged: the source base changed during the run"):
-        run(recipe, listener=Listener(started=write))
+        run(recipe, listener=Listener(on_start=write))
     assert not (release / "recipe.lock").exists()
     assert "merged" not in {path.stem for path in (release / ".adaptkit").glob("*/*.json")}
 
@@ -246,7 +246,9 @@ def test_a_damaged_artifact_is_noticed_and_made_again(release, recipe, how):
 def test_notes_of_a_step_begin_with_its_name_and_name_its_keys(recipe):
     notes = []
     said = "in/a--threads: give --max-shard-bytes or --embed-adapter, or run: adaptkit merge A B -o C --embed-adapter"
-    listener = Listener(started=lambda part: isinstance(part, Step) and listener.note_of(part)(said), note=notes.append)
+    listener = Listener(
+        on_start=lambda part: isinstance(part, Step) and listener.note_of(part)(said), note=notes.append
+    )
     run(recipe, listener=listener)
     own = dict.fromkeys(("small", "plain"), said.replace("--max-shard-bytes", "max_shard_bytes"))
     own |= {"merged": said.replace("--embed-adapter", "embed_adapter", 1)}
@@ -296,9 +298,9 @@ def test_a_damaged_record_makes_only_its_own_step_run_again(release, recipe, con
 def test_progress_of_reading_sources_is_reported(recipe):
     told = []
     listener = Listener(
-        started=lambda part: told.append([part.name]),
+        on_start=lambda part: told.append([part.name]),
         source_progress=lambda done, total: told[-1].append((done, total)),
-        ended=lambda report: isinstance(report, InputReport) and told[-1].append(report.bytes),
+        on_end=lambda report: isinstance(report, InputReport) and told[-1].append(report.bytes),
     )
     run(recipe, RunOptions(until="lighter"), listener=listener)
     assert [name for name, *_ in told] == ["base", "lora", "lighter"]
@@ -435,7 +437,7 @@ def test_a_failed_gate_stops_the_steps_that_need_it(recipe, release, edit):
     edit("  loads:", "  after: {check: lighter, needs: [loads]}\n  loads:")
     seen = []
     with pytest.raises(GateError) as caught:
-        run(recipe, listener=Listener(ended=seen.append))
+        run(recipe, listener=Listener(on_end=seen.append))
     assert caught.value.message.startswith(f"{recipe}: the gate loads failed: gguf does not load it correctly: ")
     assert caught.value.exit_code == 9
     assert (seen[-1].name, seen[-1].state) == ("loads", "failed")
@@ -451,7 +453,7 @@ def test_a_source_that_adopt_would_refuse_is_refused_before_any_step_runs(recipe
     edit("lighter: {resize: lora, rank: 2}", "again: {adopt: lora}\n  lighter: {resize: again, rank: 2}")
     started = []
     with pytest.raises(UsageError, match=r"^again: .*ours: already has a manifest, made by adopt"):
-        run(recipe, listener=Listener(started=started.append))
+        run(recipe, listener=Listener(on_start=started.append))
     assert started == []
 
 
@@ -487,7 +489,7 @@ def test_a_source_that_is_missing_or_of_the_wrong_kind_is_named_with_its_line(re
 
 
 def test_a_source_of_a_kind_that_a_step_does_not_take_is_an_error_before_any_is_hashed(recipe, release, edit):
-    begun = Listener(started=lambda part: pytest.fail(part.name))
+    begun = Listener(on_start=lambda part: pytest.fail(part.name))
     shutil.rmtree(release / "lora")
     quantize(release / "model", release / "lora")
     with pytest.raises(ConfigError, match=r"line 8: steps\.lighter\.resize: 'lora' is a quantized checkpoint; exp"):
@@ -508,7 +510,7 @@ def test_a_source_that_training_does_not_take_is_an_error_before_any_is_hashed(r
     sources = ", ".join(f"{name}: {{path: {name}}}" for name in ("lora", *names))
     steps = f"  first: {{resize: lora, rank: 2}}\n  late: {{{step}}}\n"
     (release / "other.yaml").write_text(f"name: full\nsources: {{{sources}}}\nsteps:\n{steps}")
-    begun = Listener(started=lambda part: pytest.fail(part.name))
+    begun = Listener(on_start=lambda part: pytest.fail(part.name))
     with pytest.raises(ConfigError, match=message):
         run(release / "other.yaml", listener=begun)
 
@@ -669,7 +671,7 @@ def test_two_runs_do_not_share_a_work_folder(recipe, release):
             with pytest.raises(ConflictError, match="another run is using this work folder"):
                 run(recipe)
 
-    run(recipe, listener=Listener(started=start_another))
+    run(recipe, listener=Listener(on_start=start_another))
 
 
 def test_a_disk_without_locks_is_reported(recipe, monkeypatch):

@@ -143,7 +143,7 @@ def test_the_notes_of_operations_are_passed_on_with_the_steps_name(tmp_path, lla
 def test_a_figure_beyond_a_changed_limit_fails_the_gate_without_being_measured_again(ran):
     folder, report = ran
     path, begun, ended = folder / "strict.yaml", [], []
-    listener = Listener(started=begun.append, ended=ended.append)
+    listener = Listener(on_start=begun.append, on_end=ended.append)
     (measured,) = (folder / ".adaptkit").glob("*/measured.json")
     before = measured.stat()
     path.write_text(RECIPE.replace("text.kl_divergence: {max: 1}", "text.kl_divergence: {max: 0}"))

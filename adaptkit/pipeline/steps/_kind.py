@@ -27,27 +27,27 @@ class Input:
     Attributes:
         key: in the recipe; a dot separates nested keys, as in ``calibration.files``.
         field: the option that holds the paths, if the operation takes them in its options; nested as in ``key``.
-        keyed: an option whose keys are also these names.
+        keyed_option: an option whose keys are also these names.
         many: whether the value is a list of names.
         required: whether the key must be given.
         takes: what it takes.
         takes_with: returns what it takes with these options, if they decide that; otherwise None.
         words: values that the operation interprets itself, instead of as names.
         with_card: whether the operation also reads a folder's model card.
-        made: whether it may be the output of another step.
+        takes_outputs: whether it may be the output of another step.
         check: raises what the step would raise for a source, before any step is run.
     """
 
     key: str
     field: str = ""
-    keyed: str = ""
+    keyed_option: str = ""
     many: bool = False
     required: bool = False
     takes: Takes = "folder"
     takes_with: Callable[[Any], Takes | None] = lambda options: None
     words: tuple[str, ...] = ()
     with_card: bool = False
-    made: bool = True
+    takes_outputs: bool = True
     check: Callable[[Path], None] = lambda path: None
 
 
@@ -145,7 +145,7 @@ class StepKind:
             if outer and taken.key in paths:
                 found: Any = paths[taken.key] if taken.many else paths[taken.key][0]
                 changed[outer] = replace(getattr(options, outer), **{inner: found}) if inner else found
-            if taken.keyed and (values := getattr(options, taken.keyed)):
+            if taken.keyed_option and (values := getattr(options, taken.keyed_option)):
                 places = dict(zip(names[taken.key], map(str, paths[taken.key]), strict=True))
-                changed[taken.keyed] = {places[name]: value for name, value in values.items()}
+                changed[taken.keyed_option] = {places[name]: value for name, value in values.items()}
         return replace(options, **changed)

@@ -14,7 +14,7 @@ def _run(work: Work) -> Outcome:
 
 KIND = StepKind(
     inputs=(
-        Input("adopt", required=True, with_card=True, made=False, check=refuse_manifest),
+        Input("adopt", required=True, with_card=True, takes_outputs=False, check=refuse_manifest),
         Input("base", takes="checkpoint"),
     ),
     options=AdoptOptions,

@@ -19,7 +19,7 @@ _INPUTS = (
         takes_with=lambda options: _BASES.get(options.method),
         check=refuse_undecoded,
     ),
-    Input("data", field="data", keyed="mixture", many=True, required=True, takes="file"),
+    Input("data", field="data", keyed_option="mixture", many=True, required=True, takes="file"),
     Input("held_out_data", field="held_out_data", many=True, takes="file"),
     Input("chat_template", field="chat_template", takes="file"),
     Input("init", field="init", words=INITS, takes="adapter"),
