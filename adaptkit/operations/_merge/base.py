@@ -32,7 +32,7 @@ class Base:
         checkpoint: the 16- or 32-bit checkpoint.
         manifest: its manifest; None if there is none.
         expected: maps tensor names to (fingerprint, folder whose manifest records it).
-        found_for: the quantized base whose parent ``checkpoint`` is; None if ``checkpoint`` itself was given.
+        quantized: the quantized base whose parent ``checkpoint`` is; None if ``checkpoint`` itself was given.
         root: required ``tensors_root``, from its own manifest or the quantized base's; None if neither records it.
         given_root: ``tensors_root`` of the quantized base; None if ``checkpoint`` itself was given.
     """
@@ -40,7 +40,7 @@ class Base:
     checkpoint: Checkpoint
     manifest: Manifest | None
     expected: Mapping[str, tuple[str, str]]
-    found_for: Path | None = None
+    quantized: Path | None = None
     root: str | None = None
     given_root: str | None = None
 
@@ -83,7 +83,7 @@ def check_fingerprint(base: Base, name: str, found: str) -> None:
     if name in base.expected and base.expected[name][0] != found:
         source = base.expected[name][1]
         came, hint = "trained on", _ORIGINAL if _was_dequantized(base.manifest) else _RIGHT
-        if base.found_for is not None and source == str(base.found_for):
+        if base.quantized is not None and source == str(base.quantized):
             came, hint = "quantized from", _parent_hint(base)  # --allow-base-mismatch does not skip this
         raise BaseMismatchError(f"{base.checkpoint.root}: {name} is not the tensor that {source} was {came}", hint=hint)
 
@@ -93,9 +93,9 @@ def merge_parents(
 ) -> tuple[Parent, ...]:
     """Return the parents of a merged model; refuse a base whose tensors, ``records``, are not those of a manifest."""
     if base.root is not None and tensors_root(records) != base.root:
-        if base.found_for is not None:
+        if base.quantized is not None:
             raise BaseMismatchError(
-                f"{base.checkpoint.root}: not all of its tensors are those that {base.found_for} was quantized from",
+                f"{base.checkpoint.root}: not all of its tensors are those that {base.quantized} was quantized from",
                 hint=_parent_hint(base),
             )
         raise IntegrityError(

@@ -283,7 +283,7 @@ class Merging:
 
     def report(self, output: Path) -> MergeReport:
         """Return what a dry run reports."""
-        root, given = self.checkpoint.root, self.base.found_for
+        root, given = self.checkpoint.root, self.base.quantized
         notes = [f"{given} is quantized; merged into {root}, which it was quantized from"] if given else []
         notes += [*given_again(self.adapters), *self.edits.notes, *self.side.notes, *untargeted(self.adapters)]
         known = changed_are_known(self.base, self.edits, self.adapters)

@@ -175,18 +175,10 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> QuantizePlan:
     roles = find_roles(checkpoint)
     if options.moe == "quantize" and not any(role.kind == "expert" for role in roles.of.values()):
         raise UsageError(f"{checkpoint.root}: no experts found to quantize", hint="leave out --moe quantize")
-    encoding = options.encoding
-    selection = select(
-        checkpoint,
-        skip=options.skip,
-        include_head=options.include_head,
-        moe=options.moe,
-        encoding=encoding,
-        roles=roles,
-    )
+    selection = select(checkpoint, roles, options)
     _check_selection(checkpoint, selection, options)
     tensors = {
-        choice.spec.name: TensorPlan(choice.spec, None if choice.kept_because else encoding, choice.transposed)
+        choice.spec.name: TensorPlan(choice.spec, None if choice.kept_because else options.encoding, choice.transposed)
         for choice in selection.choices
     }
     plan = QuantizePlan(checkpoint, options, selection, tensors)

@@ -4,7 +4,6 @@ The weights of linear layers are quantized; embeddings, norms, routers, biases, 
 stay. ``operations._roles`` determines what each tensor is; this module decides what to do with it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from adaptkit.checkpoint.reader import Checkpoint
@@ -12,7 +11,8 @@ from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding
 from adaptkit.models.matching import matches_any
 from adaptkit.numerics.spec import FLOATS, TensorSpec
-from adaptkit.operations._roles import Role, Roles, find_roles
+from adaptkit.operations._roles import Role, Roles
+from adaptkit.operations.options import QuantizeOptions
 
 _REASONS = {"linear": "", "conv1d": "", "expert": "expert: bitsandbytes cannot load it quantized"}
 """Maps the kind of a tensor to the reason why it stays; the names of all other kinds are the reasons themselves."""
@@ -59,25 +59,8 @@ class Selection:
     head_is_quantized: bool = False
 
 
-def select(
-    checkpoint: Checkpoint,
-    *,
-    skip: Sequence[str] = (),
-    include_head: bool = False,
-    moe: str = "keep",
-    encoding: Encoding | None = None,
-    roles: Roles | None = None,
-) -> Selection:
+def select(checkpoint: Checkpoint, roles: Roles, options: QuantizeOptions) -> Selection:
     """Decide for every tensor of an unquantized checkpoint whether it is quantized.
-
-    Args:
-        checkpoint: unquantized.
-        skip: shell patterns of module paths, in the file or in the model, that stay as they are.
-        include_head: quantize the output layer too.
-        moe: ``keep`` leaves experts as they are, since bitsandbytes cannot load them; ``quantize`` quantizes them for
-            adaptkit's own trainer.
-        encoding: how weights are to be quantized; None for the default.
-        roles: of the tensors; None to determine them here.
 
     A stack of experts, (experts, rows, columns), is stored like a matrix: the same parts under the name of the
     parameter, with three numbers for the shape in the state. Codes are in row-major order over (expert, row, column)
@@ -87,22 +70,20 @@ def select(
 
     Raises:
         UsageError: the head is to be quantized but is tied to the embedding, or absent.
-        CheckpointError: the model that ``config.json`` describes cannot be this checkpoint's.
     """
-    roles = roles or find_roles(checkpoint)
-    if include_head:
+    if options.include_head:
         _check_head(checkpoint, roles)
     choices = [
         TensorChoice(
             spec=located.spec,
-            kept_because=_kept_because(located.spec, roles.of[name], skip, include_head, moe, encoding or Encoding()),
+            kept_because=_kept_because(located.spec, roles.of[name], options),
             transposed=roles.of[name].kind == "conv1d",
             is_linear=roles.of[name].is_linear,
             paths=roles.of[name].paths,
         )
         for name, located in checkpoint.tensors.items()
     ]
-    return _without_namesakes(Selection(tuple(choices), roles.read_from, roles.head, include_head), roles)
+    return _without_namesakes(Selection(tuple(choices), roles.read_from, roles.head, options.include_head), roles)
 
 
 def skip_modules(selection: Selection) -> list[str]:
@@ -121,17 +102,15 @@ def of_type(spec: TensorSpec) -> str:
     return f"dtype {spec.dtype}"
 
 
-def _kept_because(
-    spec: TensorSpec, role: Role, skip: Sequence[str], include_head: bool, moe: str, encoding: Encoding
-) -> str:
+def _kept_because(spec: TensorSpec, role: Role, options: QuantizeOptions) -> str:
     reason = _REASONS.get(role.kind, role.kind)
-    if role.kind == "head" and include_head:
+    if role.kind == "head" and options.include_head:
         reason = ""
-    elif role.kind == "expert" and moe == "quantize":
-        reason = _expert_kept_because(spec, encoding)
+    elif role.kind == "expert" and options.moe == "quantize":
+        reason = _expert_kept_because(spec, options.encoding)
     if not reason and spec.dtype not in FLOATS:
         return of_type(spec)
-    asked = any(matches_any((spec.name.removesuffix(".weight"), *role.paths), pattern) for pattern in skip)
+    asked = any(matches_any((spec.name.removesuffix(".weight"), *role.paths), pattern) for pattern in options.skip)
     return "skipped by --skip" if asked and not reason else reason
 
 

@@ -66,6 +66,20 @@ ALL_PROGRAMS: dict[str, Response] = {
 """Answers that programs share."""
 
 
+def variants(effect: str, *keys: str) -> dict[str, Response]:
+    """Return one error for several variants, none of which can be merged."""
+    return {key: error(effect, "{elsewhere}") for key in keys}
+
+
+def of_adapter(files: AdapterFiles, *, own_rank: bool = False, rslora: bool = False) -> Iterator[Sighting]:
+    """Find all features that do not depend on the program; see ``of_scaling`` for the arguments."""
+    yield from of_files(files)
+    yield from of_configuration(files)
+    yield from of_scaling(files, own_rank=own_rank, rslora=rslora)
+    yield from of_tensors(files)
+    yield from beside_base(files)
+
+
 def of_files(files: AdapterFiles) -> Iterator[Sighting]:
     """Find a pickled weight file, which adaptkit does not read, or a missing or empty one."""
     if files.pickle:

@@ -14,7 +14,7 @@ from typing import Any
 from adaptkit.checkpoint.layout import class_names, read_json
 from adaptkit.operations.targets import _adapter_features as features
 from adaptkit.operations.targets import _checkpoint_features as checkpoint
-from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN
+from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN, variants
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 from adaptkit.operations.targets._target import Program, Sighting, error, seen, warning
@@ -32,11 +32,7 @@ _ORIGINAL = "convert the original 16-bit checkpoint"
 ADAPTER = features.ALL_PROGRAMS | {
     "no LoRA": error("{program} ignores this, and fails on tensors that are not LoRA's", "{elsewhere}"),
     "invalid numbers": error("{program} fails without lora_alpha, or writes the wrong value", "{valid}"),
-    "use_qalora": error(PLAIN, "{elsewhere}"),
-    "use_bdlora": error(PLAIN, "{elsewhere}"),
-    "layer_replication": error(PLAIN, "{elsewhere}"),
-    "arrow_config": error(PLAIN, "{elsewhere}"),
-    "kasa_config": error(PLAIN, "{elsewhere}"),
+    **variants(PLAIN, "use_qalora", "use_bdlora", "layer_replication", "arrow_config", "kasa_config"),
     "changed base": error("{program} ignores this; the adapter does not fit the original base", "{unchanged}"),
     "LoRA-GA": error("{program} ignores this; the adapter does not fit the original base", "{unchanged}"),
     "no base named": warning("{program} needs the base's config.json", "convert it with --base FOLDER"),
@@ -91,11 +87,7 @@ CHECKPOINT = checkpoint.ALL_PROGRAMS | {
 
 
 def _in_adapter(files: AdapterFiles) -> Iterator[Sighting]:
-    yield from features.of_files(files)
-    yield from features.of_configuration(files)
-    yield from features.of_scaling(files, own_rank=True)
-    yield from features.of_tensors(files)
-    yield from features.beside_base(files)
+    yield from features.of_adapter(files, own_rank=True)
     config, base = files.config, files.base
     if base is None and not config.get("base_model_name_or_path"):
         yield Sighting("no base named", "base_model_name_or_path is missing from adapter_config.json")

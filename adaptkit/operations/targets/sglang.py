@@ -16,7 +16,7 @@ from adaptkit.errors import CheckpointError
 from adaptkit.models.peft_names import GATES, UPS
 from adaptkit.operations.targets import _adapter_features as features
 from adaptkit.operations.targets import _checkpoint_features as checkpoint
-from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN, REJECTS
+from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN, REJECTS, variants
 from adaptkit.operations.targets._adapter_files import AdapterFiles, is_rank
 from adaptkit.operations.targets._target import Program, Sighting, error, seen, some, warning
 
@@ -34,12 +34,8 @@ ADAPTER = features.ALL_PROGRAMS | {
     "not a target": error("SGLang fails at the first request", "add it to target_modules"),
     "invalid numbers": error("SGLang fails when it computes alpha / r, or uses the wrong scaling", "{valid}"),
     "use_dora": error(REJECTS),
-    "use_qalora": error(PLAIN, "{elsewhere}"),
-    "use_bdlora": error(PLAIN, "{elsewhere}"),
-    "alora_invocation_tokens": error(PLAIN, "{elsewhere}"),
-    "layer_replication": error(PLAIN, "{elsewhere}"),
-    "arrow_config": error(PLAIN, "{elsewhere}"),
-    "kasa_config": error(PLAIN, "{elsewhere}"),
+    **variants(PLAIN, "use_qalora", "use_bdlora", "alora_invocation_tokens"),
+    **variants(PLAIN, "layer_replication", "arrow_config", "kasa_config"),
     "changed base": error("SGLang ignores this, and applies the adapter to a base that it does not fit", "{unchanged}"),
     "LoRA-GA": error("SGLang ignores this, and applies the adapter to a base that it does not fit", "{unchanged}"),
     "other scaling": error("SGLang silently scales everything by lora_alpha / r = {used}", "{flat}"),
@@ -92,11 +88,7 @@ CHECKPOINT = checkpoint.SERVERS | {
 
 
 def _in_adapter(files: AdapterFiles) -> Iterator[Sighting]:
-    yield from features.of_files(files)
-    yield from features.of_configuration(files)
-    yield from features.of_scaling(files)
-    yield from features.of_tensors(files)
-    yield from features.beside_base(files)
+    yield from features.of_adapter(files)
     yield from _targets(files)
     config, rank = files.config, files.config.get("r")
     other = [pair.module for pair in files.pairs if pair.rank and pair.rank == pair.asked and pair.rank != rank]

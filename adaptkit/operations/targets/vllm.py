@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from adaptkit.checkpoint.layout import class_names
 from adaptkit.operations.targets import _adapter_features as features
 from adaptkit.operations.targets import _checkpoint_features as checkpoint
-from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN, REJECTS, RENAME
+from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN, REJECTS, RENAME, variants
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._target import Program, Sighting, error, seen, warning
 
@@ -41,12 +41,8 @@ ADAPTER = features.ALL_PROGRAMS | {
     "invalid numbers": error("vLLM rejects them, or uses the wrong scaling", "{valid}"),
     "use_dora": error(REJECTS),
     "lora_bias": error(REJECTS),
-    "use_qalora": error(REJECTS, "{elsewhere}"),
-    "use_bdlora": error(REJECTS, "{elsewhere}"),
-    "alora_invocation_tokens": error(REJECTS, "{elsewhere}"),
-    "layer_replication": error(REJECTS, "{elsewhere}"),
-    "arrow_config": error(PLAIN, "{elsewhere}"),
-    "kasa_config": error(PLAIN, "{elsewhere}"),
+    **variants(REJECTS, "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication"),
+    **variants(PLAIN, "arrow_config", "kasa_config"),
     "changed base": error(
         "vLLM rejects initializations that change the base (0.31 and older ignore it)", "{unchanged}"
     ),
@@ -111,11 +107,7 @@ CHECKPOINT = checkpoint.SERVERS | {
 
 
 def _in_adapter(files: AdapterFiles) -> Iterator[Sighting]:
-    yield from features.of_files(files)
-    yield from features.of_configuration(files)
-    yield from features.of_scaling(files, rslora=True)
-    yield from features.of_tensors(files)
-    yield from features.beside_base(files)
+    yield from features.of_adapter(files, rslora=True)
     config, pairs = files.config, files.pairs
     if files.is_lora and "target_modules" not in config:
         yield Sighting("no target_modules", "target_modules is missing from adapter_config.json")

@@ -21,10 +21,10 @@ from adaptkit.checkpoint.header import write_header
 from adaptkit.checkpoint.layout import index_bytes
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
-from adaptkit.formats._format import Encoding
 from adaptkit.numerics.dtypes import dtype_name
 from adaptkit.numerics.spec import TensorSpec
-from adaptkit.operations._quantize.selection import select, skip_modules
+from adaptkit.operations._quantize import selection as selecting
+from adaptkit.operations._quantize.selection import skip_modules
 from adaptkit.operations._roles import find_roles, roles_by_architecture, roles_by_name, stores_transposed
 from adaptkit.operations._usual_names import USUAL_NAMES, has_usual_names
 from adaptkit.operations.dequantize import dequantize
@@ -62,6 +62,10 @@ def families(tmp_path_factory):
     return root
 
 
+def select(checkpoint, roles=None, **options):
+    return selecting.select(checkpoint, roles or find_roles(checkpoint), QuantizeOptions(**options))
+
+
 def summary(folder, **options):
     """Return a selection in JSON's types."""
     selection = select(Checkpoint(Path(folder)), **options)
@@ -79,8 +83,11 @@ def without_transformers(families):
         "import json, sys; sys.modules['transformers'] = None; from pathlib import Path\n"
         "from adaptkit.checkpoint.reader import Checkpoint\n"
         "from adaptkit.operations._quantize.selection import select, skip_modules\n"
+        "from adaptkit.operations._roles import find_roles\n"
+        "from adaptkit.operations.options import QuantizeOptions\n"
         "def summary(folder, **options):\n"
-        "    s = select(Checkpoint(folder), **options)\n"
+        "    c = Checkpoint(folder)\n"
+        "    s = select(c, find_roles(c), QuantizeOptions(**options))\n"
         "    choices = [[c.spec.name, c.kept_because, c.transposed] for c in s.choices]\n"
         "    return {'choices': choices, 'skip': skip_modules(s), 'read_from': s.read_from}\n"
         "folders = sorted(Path(sys.argv[1]).iterdir())\n"
@@ -205,7 +212,7 @@ def test_a_stack_of_experts_stays_if_a_block_would_straddle_two_experts(tmp_path
     checkpoint = Checkpoint(tiny.write_family(tmp_path / "moe", "qwen3_moe", fused_experts=True))
     sizes, fitting = {"gate_up_proj": 96 * 64, "down_proj": 48 * 64}, set()
     for block_size in (1024, 2048, 4096):
-        for choice in select(checkpoint, moe="quantize", encoding=Encoding(block_size=block_size)).choices:
+        for choice in select(checkpoint, moe="quantize", block_size=block_size).choices:
             if ".experts." in choice.spec.name:
                 matrix = choice.module.rpartition(".")[2]
                 fits = sizes[matrix] % block_size == 0
