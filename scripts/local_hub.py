@@ -293,7 +293,7 @@ class Repo:
         state = self.state
         refs = {f"refs/heads/{name}": oid for name, oid in state["heads"].items()}
         refs |= {f"refs/tags/{name}": oid for name, oid in state["tags"].items()}
-        return refs | {f"refs/pr/{d['num']}": d["head"] for d in state["discussions"] if d["isPullRequest"]}
+        return refs | {f"refs/pr/{d['num']}": d["head"] for d in state["discussions"]}
 
     def resolve(self, revision: str) -> str:
         """Find the commit of a revision: a commit, a full ref, a tag or a branch, in this order, as git does."""
@@ -325,7 +325,7 @@ class Repo:
             title, message = header["summary"], header.get("description", "")
             oid = base if after == before else self.write_commit(after, title, message, base)
             if create_pr:
-                return {"oid": oid, "pull": self.add_discussion(title, message, oid, "open")["num"]}
+                return {"oid": oid, "pull": self.open_pull_request(oid)}
             self.move(ref, oid)
             return {"oid": oid}
 
@@ -338,15 +338,13 @@ class Repo:
             state["heads"][name] = oid
         self.save(state)
 
-    def add_discussion(self, title: str, description: str, head: str | None, status: str) -> Json:
-        """Open a discussion, or a pull request when `head` is given."""
+    def open_pull_request(self, head: str) -> int:
+        """Open a pull request; return its number."""
         with self.store.lock:
             state = self.state
-            item = {"num": len(state["discussions"]) + 1, "title": title, "description": description, "status": status}
-            item |= {"createdAt": now(), "isPullRequest": head is not None, "head": head}
-            state["discussions"].append(item)
+            state["discussions"].append({"num": len(state["discussions"]) + 1, "head": head})
             self.save(state)
-        return item
+        return len(state["discussions"])
 
     def entries(self, oid: str) -> list[Json]:
         """List a commit's files as the API describes them; folders are left out."""
@@ -428,7 +426,6 @@ ROUTES = tuple(
         ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", "list_commits"),
         ("POST", rf"{_API}/tag/(?P<revision>[^/]+)", "create_tag"),
         ("POST", rf"{_API}/branch/(?P<branch>[^/]+)", "create_branch"),
-        ("GET", rf"{_API}/discussions/(?P<number>\d+)", "show_discussion"),
         ("GET", rf"{_API}/xet-(?P<scope>read|write)-token/(?P<revision>[^/]+)", "xet_token"),
         ("GET", rf"{_GIT}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "download"),
         ("POST", rf"{_GIT}\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -742,14 +739,12 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(501, f"{path} was uploaded through Xet, and is served only through it")
 
     def list_refs(self, name: str) -> None:
-        """GET M/refs[?include_prs=1]."""
+        """GET M/refs."""
         lists: Json = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
         for ref, oid in sorted(self.repo(name).refs().items()):
             _, space, short = ref.split("/", 2)
             target = {"heads": "branches", "tags": "tags", "pr": "pullRequests"}[space]
             lists[target].append({"name": short, "ref": ref, "targetCommit": oid})
-        if self.argument("include_prs") not in ("1", "true"):
-            del lists["pullRequests"]
         self.reply_json(lists)
 
     def list_commits(self, name: str, revision: str) -> None:
@@ -761,7 +756,7 @@ class Handler(BaseHTTPRequestHandler):
             items.append(item)
         self.reply_json(items)
 
-    # --- tags, branches, discussions
+    # --- tags and branches
 
     def create_tag(self, name: str, revision: str) -> None:
         """POST M/tag/{rev} {tag}."""
@@ -782,22 +777,6 @@ class Handler(BaseHTTPRequestHandler):
             state[space][ref] = oid
             repo.save(state)
         self.reply_json({})
-
-    def show_discussion(self, name: str, number: str) -> None:
-        """GET M/discussions/{n}."""
-        repo = self.repo(name)
-        items = repo.state["discussions"]
-        if not 0 < int(number) <= len(items):
-            raise RefusalError(404, f"no discussion {number}")
-        item = items[int(number) - 1]
-        common = {"createdAt": item["createdAt"], "author": {"name": USER}}
-        comment = {"edited": False, "hidden": False, "latest": {"raw": item["description"]}}
-        answer = common | {key: item[key] for key in ("num", "title", "status", "isPullRequest")}
-        answer |= {"repo": {"name": name, "type": "model"}}
-        answer["events"] = [common | {"id": f"{number}-comment", "type": "comment", "data": comment}]
-        if item["isPullRequest"]:
-            answer |= {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "diff": ""}
-        self.reply_json(answer)
 
     # --- Xet
 
