@@ -44,13 +44,19 @@ def test_a_missing_folder_gets_no_hint_for_python(run_cli, tmp_path, command):
     assert (done.code, done.stderr) == (2, f"error: {what}\nhint: check the path\n")
 
 
-def test_a_merge_that_gives_the_base_prints_a_note(run_cli, llama, adapter, tmp_path):
-    for name, weight, told in (("zero", 0, True), ("whole", 1, False)):
+def test_a_merge_that_gives_the_base_or_little_of_the_change_prints_a_note(run_cli, llama, adapter, tmp_path):
+    """Most of a change scaled by 0.001 is below the precision of bfloat16."""
+    for name, weight, note in (
+        ("zero", 0, "no weight moved: the result is the base"),
+        ("weak", 0.001, "half a unit in the weights' last place"),
+        ("whole", 1, ""),
+    ):
         done = run_cli("merge", llama, adapter, "-o", tmp_path / name, "--weight", weight)
         assert done.code == 0, done.stderr
-        assert ("no weight moved: the result is the base" in done.stdout) == told
+        notes = [line for line in done.stdout.splitlines() if line.startswith("note")]
+        assert [note in line for line in notes] == [True] * bool(note)
         same = (tmp_path / name / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
-        assert same == told
+        assert same == (name == "zero")
 
 
 def test_training_warns_beforehand_of_adapters_that_cannot_be_merged(run_cli, llama, gpt2, instructions, tmp_path):
