@@ -109,12 +109,11 @@ def test_plan_says_how_much_of_the_weights_it_does_not_count(run_cli, llama):
         return json.loads(run_cli("plan", llama, "--json", *options).stdout)
 
     cpu = ("--device", "cpu")
-    released = planned(*cpu)["released_bytes"]
     all_stay, some = (planned(*cpu, *more) for more in (("--checkpointing", "none"), ()))
+    released = some["released_bytes"]
     assert some["memory"]["weights"] + released == all_stay["memory"]["weights"]
     assert all_stay["released_bytes"] == planned("--device", "cuda")["released_bytes"] == 0
     assert f", without {released / 1000:.1f} kB released after use\n" in run_cli("plan", llama, *cpu).stdout
-    assert "released" not in run_cli("plan", llama, *cpu, "--checkpointing", "none").stdout
 
 
 @pytest.mark.parametrize(("typed", "hint"), [("quantise", "did you mean 'quantize'?"), ("xyz", "see adaptkit --help")])
@@ -204,7 +203,7 @@ def test_errors_name_a_setting_as_the_option_or_key_it_was_given_by(
         ("quantize {base} -o out --max-shard-size=0", "--max-shard-size: must be at least 1, found 0"),
         ("quantize {base} -o out --block-size 33", "--block-size: must be a power of two from 32 to 4096, found 33"),
         ("stack {base} {base} -o out --method ties --lambda 0",
-         "--lambda: must be a finite number other than 0, found 0.0"),
+         "--lambda: must be other than 0, found 0.0"),
         ("verify {base} --recompute", "--recompute: needs the parents"),
         ("evaluate --base {base} --data x.jsonl --max-tokens 3", "--max-tokens: needs text"),
         ("merge {base} {base} -o out --no-undo --embed-adapter",

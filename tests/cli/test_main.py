@@ -65,7 +65,7 @@ NAMED = ("--chat-template-kwargs", "--mixture", "--rank-pattern", "--alpha-patte
 """Repeatable options that take a name and a value."""
 
 
-def broken(tmp_path, llama, adapter):
+def broken(tmp_path, llama, llama_nf4, adapter):
     """Command lines that must fail: arguments, exit code, a phrase of the message."""
     return {
         "missing folder": (["quantize", tmp_path / "absent", "-o", "out"], 2, "does not exist"),
@@ -80,6 +80,7 @@ def broken(tmp_path, llama, adapter):
         "no unit": (["quantize", llama, "-o", "out", "--max-shard-size", "5"], 2, "'5' has no unit; write 5GB or"),
         "bad shard size": (["quantize", llama, "-o", "out", "--max-shard-size", "big"], 2, "not a size"),
         "unknown option": (["quantize", llama, "-o", "out", "--fast"], 2, "No such option"),
+        "quantized": (["quantize", llama_nf4, "-o", "out"], 5, "already quantized with bitsandbytes"),
         "no experts": (["quantize", llama, "-o", "out", "--moe", "quantize"], 2, "no experts found to quantize"),
         "no adapter": (["merge", llama, llama, "-o", "out"], 5, "not an adapter"),
         "weights": (["merge", llama, adapter, "-o", "out", "--weight", "1", "--weight", "2"], 2, "2 weights for 1"),
@@ -114,7 +115,7 @@ def broken(tmp_path, llama, adapter):
 
 
 @pytest.fixture(scope="module")
-def trouble(tmp_path_factory, llama, adapter):
+def trouble(tmp_path_factory, llama, llama_nf4, adapter):
     import tiny
     import torch
     from safetensors.torch import load_file, save_file
@@ -132,7 +133,7 @@ def trouble(tmp_path_factory, llama, adapter):
     (folder / "bert" / "config.json").write_text(json.dumps(bert | {"vocab_size": 99}))
     (folder / "twice.yaml").write_text("base: x\ndata: [y]\nrank: 4\nrank: 8\n")
     (folder / "bad.yaml").write_text("base: x\ndata: [y]\nlerning_rate: 1.0e-4\n")
-    return broken(folder, llama, adapter)
+    return broken(folder, llama, llama_nf4, adapter)
 
 
 @pytest.mark.quick
