@@ -138,7 +138,7 @@ WRONG_TYPES = [
     ("RunOptions", {"work": 3}, "a path"),
     ("Signer", {"private_key": 3}, "a path"),
     ("StackOptions", {"energy": "much"}, "a number"),
-    ("StackOptions", {"settings": None}, "names, each with a number"),
+    ("StackOptions", {"settings": None}, "names, each with a whole number or a number"),
     ("StackOptions", {"weights": {1: 2}}, "a list, each item a number"),
     ("StackOptions", {"weights": [1, "much"]}, "a number"),
     ("Trust", {"public_key": {}}, "a path"),
@@ -160,7 +160,7 @@ def test_an_option_of_the_wrong_type_is_refused_by_name():
 def test_threads_and_repositories_have_their_types(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for call in (lambda: adaptkit.diff("a", "b", threads="2"), lambda: adaptkit.unmerge("a", None, "b", threads={})):
-        with pytest.raises(UsageError, match=r"^threads: must be a whole number, found "):
+        with pytest.raises(UsageError, match=r"^threads: is .*; expected a whole number"):
             call()
     for call in (lambda: adaptkit.publish("a", None), lambda: adaptkit.pull(3, "b")):
         with pytest.raises(UsageError, match=r"^repo_id: must be text, found "):

@@ -4,13 +4,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from numbers import Integral
 from typing import TypeVar
 
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import UsageError
 from adaptkit.machine import processor_count
 
 Item = TypeVar("Item")
@@ -50,20 +48,6 @@ def fingerprints(checkpoint: Checkpoint, threads: int, progress: Progress) -> di
         done += checkpoint.spec(name).nbytes
         progress(done, total)
     return found
-
-
-def check_threads(threads: int | None) -> None:
-    """Check a number of threads; None is allowed.
-
-    Raises:
-        UsageError: it is less than 1.
-    """
-    if threads is not None and not isinstance(threads, Integral):
-        raise UsageError(
-            f"threads: must be a whole number, found {threads!r}", hint="leave it out to use every processor"
-        )
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads: must be at least 1, found {threads}", hint="leave it out to use every processor")
 
 
 def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:

@@ -6,7 +6,8 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
 from adaptkit.operations._diff.adapters import AdapterDiffReport, diff_adapters
 from adaptkit.operations._diff.checkpoints import CheckpointDiffReport, diff_checkpoints
-from adaptkit.operations._threads import check_threads, thread_count
+from adaptkit.operations._threads import thread_count
+from adaptkit.operations.options import ThreadOptions
 
 __all__ = ["AdapterDiffReport", "CheckpointDiffReport", "diff"]
 
@@ -38,10 +39,10 @@ def diff(
     """
     check_flags(recompute=recompute)
     first, second = as_path(first, "first"), as_path(second, "second")
-    check_threads(threads)
+    threads = thread_count(ThreadOptions(threads).threads)
     adapters = [path for path in (first, second) if is_adapter(require_folder(path))]
     if len(adapters) == 2:
-        return diff_adapters(first, second, threads=thread_count(threads))
+        return diff_adapters(first, second, threads=threads)
     if adapters and not has_checkpoint(adapters[0]):
         (other,) = {first, second} - {*adapters}
         weight_files(other)  # raises if it is not a checkpoint either
@@ -49,4 +50,4 @@ def diff(
             f"{adapters[0]} is an adapter, but {other} is not",
             hint="merge the adapter and compare the result, or extract an adapter from the other and compare that",
         )
-    return diff_checkpoints(first, second, recompute=recompute, threads=thread_count(threads), progress=progress)
+    return diff_checkpoints(first, second, recompute=recompute, threads=threads, progress=progress)

@@ -53,10 +53,15 @@ def _check_rank_or_energy(rank: int | None, energy: float | None) -> None:
 
 
 @dataclass(frozen=True)
-class AdoptOptions(Settings):
-    """How to adopt."""
+class ThreadOptions(Settings):
+    """The only option of some operations."""
 
     threads: int | None = _threads()
+
+
+@dataclass(frozen=True)
+class AdoptOptions(ThreadOptions):
+    """How to adopt."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from adaptkit.operations._merge.merged_model import (
     target_names,
 )
 from adaptkit.operations._shards import TensorGroup, read_jobs, unfinished_shards
-from adaptkit.operations._threads import check_threads, thread_count
+from adaptkit.operations._threads import thread_count
+from adaptkit.operations.options import ThreadOptions
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def unmerge(
     check_flags(force=force)
     merged, output = as_path(merged, "merged"), as_path(output, "output")
     adapters = () if adapters is None else as_paths(adapters, "adapters")
-    check_threads(threads)
+    threads = thread_count(ThreadOptions(threads).threads)
     model = open_merged(require_folder(merged))
     check_output(output, force, [merged, *adapters])
     options = model.options
@@ -107,7 +108,7 @@ def unmerge(
     with Output(output, model.manifest.sha256, force, inputs=[model.checkpoint]) as out:
         out.require_space(base.nbytes)
         restoring = _Restoring(model, base, edits, records, originals, resaved)
-        restoring.write(out, thread_count(threads), progress)
+        restoring.write(out, threads, progress)
         manifest = restoring.finish(out)
         out.publish(manifest, model.base_file(SIGNATURE_NAME))
     return UnmergeReport(

@@ -17,8 +17,6 @@ from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
 from adaptkit.numerics.kernels._jit import compiled, inlined, jit
 from adaptkit.numerics.kernels._reference_exact import check_length
 
-_ONE = np.ones((1, 1))
-
 
 @inlined
 def result(array, bits, delta, gain):
@@ -40,29 +38,16 @@ def candidate(array, merged, delta, gain):
 
 
 @jit
-def _row_of(gain, row, out):
-    """Write a row of a gain to ``out``, broadcasting a gain that has one row or one column."""
-    row, step = (row if gain.shape[0] > 1 else 0), int(gain.shape[1] > 1)
-    for j in range(out.size):
-        out[j] = gain[row, j * step]
+def _add_rounded(weight, delta, gain, out):
+    for i in range(weight.size):
+        out[i] = result(weight, weight[i], delta[i], gain[i])
 
 
 @jit
-def _add_rounded(weight, delta, gain, factors, out):
-    for row in range(weight.shape[0]):
-        _row_of(gain, row, factors)
-        for j in range(weight.shape[1]):
-            out[row, j] = result(weight, weight[row, j], delta[row, j], factors[j])
-
-
-@jit
-def _candidates(merged, delta, gain, factors, guess, doubtful):
-    for row in range(merged.shape[0]):
-        _row_of(gain, row, factors)
-        for j in range(merged.shape[1]):
-            bits, uncertain = candidate(merged, merged[row, j], delta[row, j], factors[j])
-            guess[row, j] = bits
-            doubtful[row, j] = np.uint8(uncertain)
+def _candidates(merged, delta, gain, guess, doubtful):
+    for i in range(merged.size):
+        guess[i], uncertain = candidate(merged, merged[i], delta[i], gain[i])
+        doubtful[i] = np.uint8(uncertain)
 
 
 @jit
@@ -100,43 +85,47 @@ def _addition_sums(weight, merged, delta):
 
 
 def _bits(values: Array) -> Any:
-    return float_bits(np.ascontiguousarray(values))
+    return float_bits(np.ascontiguousarray(values).reshape(-1))
+
+
+def _changes(shape: tuple[int, ...], delta: Array, gain: Array | None) -> tuple[Array, Array]:
+    """Return delta and gain for each weight, flattened."""
+    gains = np.ones(shape) if gain is None else np.broadcast_to(gain, shape)
+    return np.ascontiguousarray(delta).reshape(-1), np.ascontiguousarray(gains).reshape(-1)
 
 
 def add_rounded(weight: Array, delta: Array, gain: Array | None = None) -> Array:
     """See ``reference.add_rounded``."""
     out: Array = np.empty(weight.shape, weight.dtype)
-    parts = map(np.ascontiguousarray, (delta, _ONE if gain is None else gain))
-    _add_rounded(_bits(weight), *parts, np.empty(weight.shape[1]), float_bits(out))
+    _add_rounded(_bits(weight), *_changes(weight.shape, delta, gain), _bits(out))
     return out
 
 
 def addition_sums(weight: Array, merged: Array, delta: Array) -> tuple[int, float, float, float]:
     """See ``reference.addition_sums``."""
-    flat = _bits(weight).reshape(-1), _bits(merged).reshape(-1), np.ascontiguousarray(delta).reshape(-1)
-    moved, squared_delta, squared_weight, overlap = _addition_sums(*flat)
+    flat = np.ascontiguousarray(delta).reshape(-1)
+    moved, squared_delta, squared_weight, overlap = _addition_sums(_bits(weight), _bits(merged), flat)
     return int(moved), float(squared_delta), float(squared_weight), float(overlap)
 
 
 def _guess(merged: Array, delta: Array, gain: Array | None) -> tuple[Array, Any]:
     """Return the guess at every weight, and (flattened) whether it is uncertain."""
-    guess, doubtful = np.empty(merged.shape, merged.dtype), np.empty(merged.shape, np.uint8)
-    parts, room = map(np.ascontiguousarray, (delta, _ONE if gain is None else gain)), np.empty(merged.shape[1])
-    _candidates(_bits(merged), *parts, room, float_bits(guess), doubtful)
-    return guess, doubtful.reshape(-1)
+    guess, doubtful = np.empty(merged.shape, merged.dtype), np.empty(merged.size, np.uint8)
+    _candidates(_bits(merged), *_changes(merged.shape, delta, gain), _bits(guess), doubtful)
+    return guess, doubtful
 
 
 def undo_residual(weight: Array, merged: Array, delta: Array, gain: Array | None = None) -> Array:
     """See ``reference.undo_residual``."""
     guess, doubtful = _guess(merged, delta, gain)
     out = np.empty(int(np.count_nonzero(doubtful)), np.int64)
-    _collect(_bits(weight).reshape(-1), float_bits(guess).reshape(-1), doubtful, out)
+    _collect(_bits(weight), _bits(guess), doubtful, out)
     return out
 
 
 def undo(merged: Array, delta: Array, residual: Array, gain: Array | None = None) -> tuple[Array, int]:
     """See ``reference.undo``."""
     guess, doubtful = _guess(merged, delta, gain)
-    used = _apply(float_bits(guess).reshape(-1), doubtful, np.ascontiguousarray(residual))
+    used = _apply(_bits(guess), doubtful, np.ascontiguousarray(residual))
     check_length(used, residual.size)
     return guess, used
