@@ -134,6 +134,14 @@ def test_a_page_replaces_only_an_earlier_page(run_cli, adapter, second_adapter, 
     assert "<svg" in (tmp_path / "page.html").read_text()
 
 
+def test_a_difference_that_cannot_be_measured_is_reported_as_unknown(run_cli, llama, copy_of):
+    folder = copy_of(llama)
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        tensors["model.norm.weight"][0] = float("nan")
+    done = run_cli("diff", folder, llama)
+    assert (done.code, "unknown, since some tensors have no norm" in done.stdout) == (1, True)
+
+
 def test_an_empty_path_is_not_the_current_folder(run_cli, adapter):
     """A path is empty, for instance, if it comes from a shell variable that is not set."""
     for arguments in (

@@ -128,12 +128,14 @@ def test_the_notes_of_operations_are_passed_on_with_the_steps_name(tmp_path, lla
         "name: notes\nsources:\n  base: {path: model}\n  tuned: {path: tuned}\n  lora: {path: lora}\n"
         "  rows: {path: rows.jsonl}\nsteps:\n"
         "  less: {resize: lora, rank: 2}\n  both: {stack: [lora, less], weights: [0.5, 0.5]}\n"
-        "  merged: {merge: base, adapters: [lora]}\n"
+        "  merged: {merge: base, adapters: [lora], weights: [0]}\n"
         "  found: {extract: tuned, base: base, rank: 2}\n"
         "  judged: {evaluate: base, data: [rows], device: cpu, require: {loss: {min: 0}}}\n"
     )
     notes = []
-    run(tmp_path / "recipe.yaml", listener=Listener(note=notes.append))
+    report = run(tmp_path / "recipe.yaml", listener=Listener(note=notes.append))
+    (figure,) = [step.figure for step in report.steps if step.name == "merged"]
+    assert figure.endswith("but no weight moved: the result is the base")
     for step in ("both", "less", "merged"):
         assert any(note.startswith(f"{step}: ") and "value_head.safetensors is left out" in note for note in notes)
     assert any(note.startswith("found: not covered: config.json differs in rms_norm_eps") for note in notes)
