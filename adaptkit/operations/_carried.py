@@ -28,7 +28,7 @@ _KEPT_KEYS = ("revision", "ensure_weight_tying")
 
 
 @dataclass(frozen=True)
-class Carried:
+class CarriedParts:
     """Files and tensors to keep.
 
     Attributes:
@@ -48,7 +48,7 @@ class Carried:
         return {name: adapter.files.read(key) for name, (adapter, key) in self.copies.items()}
 
 
-def collect_carried(adapters: Sequence[Adapter]) -> Carried:
+def collect_carried(adapters: Sequence[Adapter]) -> CarriedParts:
     """Collect the files and tensors to keep from several adapters.
 
     Raises:
@@ -65,7 +65,7 @@ def collect_carried(adapters: Sequence[Adapter]) -> Carried:
                     f"{other.root} and {adapter.root} contain different copies of the base's {name}",
                     hint="merge one adapter after the other",
                 )
-    return Carried(files, copies)
+    return CarriedParts(files, copies)
 
 
 def base_names(adapters: Sequence[Adapter]) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ def publish_adapter(
     adapters: Sequence[Adapter],
     weights: Sequence[float | None],
     modules: Mapping[str, LowRank],
-    carried: Carried,
+    carried: CarriedParts,
 ) -> Manifest:
     """Write an adapter that is made from others, beside what it keeps of them, and publish it.
 

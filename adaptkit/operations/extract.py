@@ -19,7 +19,7 @@ from adaptkit.errors import UsageError
 from adaptkit.numerics.dtypes import Array
 from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, ExtractPlan, make_plan
 from adaptkit.operations._extract.report import ExtractedModule, ExtractReport, OtherTensor, make_report
-from adaptkit.operations._extract.saved import Saved, placeholder_part, running_model, whole_tensors, zero_change
+from adaptkit.operations._extract.saved import SavedTensors, placeholder_part, running_model, whole_tensors, zero_change
 from adaptkit.operations._extract.tensors import ComparedTensor, examine
 from adaptkit.operations._threads import map_in_threads, thread_count
 from adaptkit.operations.options import ExtractOptions
@@ -122,7 +122,7 @@ def _examine_all(plan: ExtractPlan, options: ExtractOptions, progress: Progress)
     return findings
 
 
-def _read_whole(plan: ExtractPlan, findings: Sequence[ComparedTensor], saved: Saved) -> dict[str, Array]:
+def _read_whole(plan: ExtractPlan, findings: Sequence[ComparedTensor], saved: SavedTensors) -> dict[str, Array]:
     """Read the tensors that are stored whole, by name in the adapter; a tied one has two names, but is read once.
 
     What is stored only because peft saves its module stays the base's, without the rounding of a 16-bit file.
@@ -142,7 +142,7 @@ def _files_beside(plan: ExtractPlan) -> dict[str, Path]:
 
 
 def _manifest(
-    out: Output, plan: ExtractPlan, findings: Sequence[ComparedTensor], saved: Saved, recorded: dict[str, Any]
+    out: Output, plan: ExtractPlan, findings: Sequence[ComparedTensor], saved: SavedTensors, recorded: dict[str, Any]
 ) -> Manifest:
     base = [TensorRecord.of(f.part.spec, f.base_digest) for f in findings]
     tuned = [TensorRecord.of(f.part.tuned, f.tuned_digest) for f in findings]

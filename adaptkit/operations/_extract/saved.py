@@ -33,7 +33,7 @@ _TIED_BY_PEFT = "embed_tokens"
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedTensors:
     """Tensors that the adapter stores whole.
 
     Attributes:
@@ -55,7 +55,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningModel:
     """The model that the adapter is for.
 
     Attributes:
@@ -124,17 +124,17 @@ class Running:
         return self.path(name)
 
 
-def running_model(base: Checkpoint) -> Running:
+def running_model(base: Checkpoint) -> RunningModel:
     """Build the base's model without weights, if transformers is installed and knows the architecture."""
     if importlib.util.find_spec("transformers") is None:
-        return Running(None, {}, base.config)
+        return RunningModel(None, {}, base.config)
     network = named_network(base)
     if network is None and not why_unsupported(base):
         network = empty_network(base)
-    return Running(network, places(network, base.tensors) if network is not None else {}, base.config)
+    return RunningModel(network, places(network, base.tensors) if network is not None else {}, base.config)
 
 
-def whole_tensors(plan: ExtractPlan, findings: Sequence[ComparedTensor], running: Running) -> Saved:
+def whole_tensors(plan: ExtractPlan, findings: Sequence[ComparedTensor], running: RunningModel) -> SavedTensors:
     """Choose the tensors to store whole. peft replaces whole modules, so a weight takes its module's bias along.
 
     Raises:
@@ -146,7 +146,7 @@ def whole_tensors(plan: ExtractPlan, findings: Sequence[ComparedTensor], running
     parts = {part.name: part for part in differ}
     parts |= {part.name: part for part in plan.parts if part.module in whole}
     if not parts:
-        return Saved({}, {})
+        return SavedTensors({}, {})
     for name in parts:
         _require_module(running, name)
     saved = {module_of(running.tensor(name)) for name, part in parts.items() if part.module in whole}
@@ -168,10 +168,12 @@ def whole_tensors(plan: ExtractPlan, findings: Sequence[ComparedTensor], running
     named = {running.tensor(name): part for name, part in parts.items()}
     for module in sorted(saved):
         named |= _tied_parts(plan, running, vocabulary, module, named)
-    return Saved(dict(sorted(named.items())), config | {"modules_to_save": sorted(saved) or None}, frozenset(matched))
+    return SavedTensors(
+        dict(sorted(named.items())), config | {"modules_to_save": sorted(saved) or None}, frozenset(matched)
+    )
 
 
-def _require_module(running: Running, name: str) -> None:
+def _require_module(running: RunningModel, name: str) -> None:
     """Check that a weight of the files is a module's weight in the model, too; Granite's stacks of experts are not.
 
     Raises:
@@ -186,7 +188,7 @@ def _require_module(running: Running, name: str) -> None:
         )
 
 
-def _head(plan: ExtractPlan, running: Running, vocabulary: Vocabulary) -> str:
+def _head(plan: ExtractPlan, running: RunningModel, vocabulary: Vocabulary) -> str:
     """Return the path of the tied head.
 
     Raises:
@@ -203,7 +205,7 @@ def _head(plan: ExtractPlan, running: Running, vocabulary: Vocabulary) -> str:
 
 
 def _tied_parts(
-    plan: ExtractPlan, running: Running, vocabulary: Vocabulary, module: str, named: Mapping[str, Part]
+    plan: ExtractPlan, running: RunningModel, vocabulary: Vocabulary, module: str, named: Mapping[str, Part]
 ) -> dict[str, Part]:
     """Return a saved module's tensors that the files store under another module's name, as a tied head's weight."""
     if running.network is None:
@@ -220,7 +222,7 @@ def _tied_parts(
     }
 
 
-def placeholder_part(plan: ExtractPlan, saved: Saved, running: Running) -> Part | None:
+def placeholder_part(plan: ExtractPlan, saved: SavedTensors, running: RunningModel) -> Part | None:
     """Return a linear layer to give a zero change: peft cannot load an adapter without any low-rank change."""
     linear = (part for part in plan.parts if part.kind in ("linear", "conv1d") and part.name not in saved.matched)
     return next((part for part in linear if running.has_module(part)), None)

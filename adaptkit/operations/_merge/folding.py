@@ -38,7 +38,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Folded:
+class EditedRows:
     """A run of rows before and after an edit.
 
     Attributes:
@@ -79,7 +79,7 @@ class Fold:
             for start in range(panel, panel + panel_rows, step)
         ]
 
-    def apply(self, checkpoint: Checkpoint, rows: Rows, with_undo: bool) -> Folded:
+    def apply(self, checkpoint: Checkpoint, rows: Rows, with_undo: bool) -> EditedRows:
         """Compute rows of the result.
 
         Raises:
@@ -102,7 +102,7 @@ class Fold:
             check_finite(raw.reshape(-1), held.start * raw.shape[1], self.edit.base_shape, self.edit.spec.name)
             raise NonFiniteError(f"{self.edit.spec.name}: {error.message}", error.hint) from error
         frame = undo.pack_frame(rows.count, merged.residual) if with_undo else b""
-        return Folded(raw, merged, frame)
+        return EditedRows(raw, merged, frame)
 
     def restore(self, values: Array, rows: Rows, stream: Array) -> Array:
         """Restore rows of the base: fewer than ``rows`` where the result has more rows than the base.
@@ -253,7 +253,7 @@ def cut_frames(files: TensorFiles, name: str, edit: Edit) -> Iterator[tuple[Rows
         raise IntegrityError(f"the undo record does not match the tensor ({start} rows, expected {height})")
 
 
-def jobs_of(fold: Fold, checkpoint: Checkpoint, with_undo: bool) -> Sequence[Callable[[], Folded]]:
+def jobs_of(fold: Fold, checkpoint: Checkpoint, with_undo: bool) -> Sequence[Callable[[], EditedRows]]:
     """Return the jobs that apply an edit, in the order of rows."""
     runs = fold.pieces(RUN_BYTES if with_undo else _WIDE_RUN_BYTES)
     return [partial(fold.apply, checkpoint, rows, with_undo) for rows in runs]

@@ -31,7 +31,7 @@ class TensorChange:
 
 
 def change_of(name: str, elements: int, sums: Sequence[float]) -> TensorChange:
-    """Return the effect of merging on a tensor from the sums over its elements; see ``Folded.sums``."""
+    """Return the effect of merging on a tensor from the sums over its elements; see ``EditedRows.sums``."""
     moved, squares, weights, overlap = sums
     effect = overlap / squares if squares else 1.0
     return TensorChange(name, elements, moved / max(1, elements), squares**0.5, weights**0.5, effect)

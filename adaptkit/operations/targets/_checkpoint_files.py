@@ -16,7 +16,7 @@ from adaptkit.operations._roles import stores_transposed
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedTensor:
     """A quantized weight in the layout of bitsandbytes or of adaptkit.
 
     Attributes:
@@ -57,7 +57,7 @@ class CheckpointFiles:
 
     checkpoint: Checkpoint
     quantization: str | None
-    packed: tuple[Packed, ...]
+    packed: tuple[PackedTensor, ...]
     architecture: str = ""
     absent: tuple[str, ...] = ()
     misshapen: tuple[str, ...] = ()
@@ -131,9 +131,9 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
     return CheckpointFiles(checkpoint, quantization, packed, type(network).__name__, absent, misshapen)
 
 
-def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
+def _packed(checkpoint: Checkpoint) -> Iterator[PackedTensor]:
     from adaptkit.formats._find import quantized_names, read_outline  # imported here: loads numpy
 
     for name in quantized_names(checkpoint):
         outline = read_outline(checkpoint, name)
-        yield Packed(name, not outline.form.readers, outline.shape, outline.encoding.block_size)
+        yield PackedTensor(name, not outline.form.readers, outline.shape, outline.encoding.block_size)
