@@ -4,7 +4,7 @@
 
 The step is that of ``bench_training.py`` on SmolLM2-135M-Instruct. Every variant is a process of its own, and they take
 steps in turn; printed are the median over the rounds of the time's ratio to the step with all parts, and the ratio of
-the peak memory of the processes. On a CPU, tables, entropy and patches do nothing: what they buy on a GPU is in
+the peak memory of the processes. On a CPU, tables and entropy do nothing: what they buy on a GPU is in
 launches and bytes.
 """
 
@@ -25,7 +25,7 @@ LINES = {
     "attention": ("attention", "attention_gpu", "cpu_attention", "spans"),
     "unread": ("unread",),
     "remade": ("remade", "gpu_layers"),
-    "products": ("products", "joined_weight"),
+    "products": ("products",),
 }
 """The modules of each part that does something on a CPU."""
 

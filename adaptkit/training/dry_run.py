@@ -104,7 +104,6 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     batches, free = batches_of(inputs), free_memory(device)
     with without_cudnn_attention(), deterministic(config.deterministic):  # layers need the memory of these kernels
         model, activations = build(inputs, World(device), largest_batch(config, batches, world_size()))
-        model.undo.close()
     trainable = Trainable.of(model)
     parameters = trainable.values.numel()
     steps = total_steps(config, batches)

@@ -121,8 +121,7 @@ def train(
                 report = _train_on_rank_zero(inputs, identity, output, force, resume, on_step, note, world)
             else:
                 run = Run(inputs, Path(tempfile.gettempdir()), lambda text: None, world)
-                with run.model.undo:
-                    run.train(lambda step: None)
+                run.train(lambda step: None)
                 report = None
         shared = world.broadcast_object(report)
     if shared is None:
@@ -147,7 +146,7 @@ def _train_on_rank_zero(
     with Output(output, identity, force, keeps=holds_work, discards=False) as out:
         record_identity(out.folder, identity, inputs.contents)
         run = _create_run(inputs, out, note, world)
-        with run.model.undo, trackers(inputs.config, identity, run.resumed_from) as opened:
+        with trackers(inputs.config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)
         inputs.require_base()
         kept, *others = run.chosen()

@@ -141,9 +141,7 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
             if inputs.config.training_method.pack_length is not None:
                 check_packing(model.network)
             if inputs.config.fast:
-                model.undo.enter_context(
-                    accelerate(model.network, model.dtype, device, model.output_layer, is_sharded=is_shared)
-                )
+                accelerate(model.network, model.dtype, device, model.output_layer, is_sharded=is_shared)
         activations = save_activations(model.network, inputs.config, largest, device)
         if is_shared:  # after measuring, which stops a pass halfway: processes would wait for each other
             shard_frozen(model.network, world, model.checkpoint.release_pages)

@@ -79,7 +79,6 @@ def test_gpu_tests_pass_on_the_simulated_device(forks, suite, monkeypatch):
 
 INTERPRETED = [
     ("test_fast_on_device.py", "test_a_fast_network_computes_what_transformers_computes[llama-dtype2-0.0]"),
-    ("test_fast_on_device.py", "test_joined_weights_decode_to_the_bits_of_separate_ones"),
 ]
 
 

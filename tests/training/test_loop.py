@@ -181,8 +181,8 @@ def test_a_run_resumed_after_its_last_step_reports_no_speed(config, trained, tmp
     stop_after(config, tmp_path / "adapter", config.steps)
     report = train(config, tmp_path / "adapter")
     assert report.resumed_from == report.steps
-    assert "speed" not in dict(train_command._rows(report))
-    assert "speed" in dict(train_command._rows(trained[1]))
+    assert dict(train_command._rows(report))["speed"] is None
+    assert dict(train_command._rows(trained[1]))["speed"].endswith(" tokens/s")
 
 
 def test_a_budget_reports_its_choice_or_the_smallest_sufficient_budget(config, run_cli, tmp_path):

@@ -13,7 +13,7 @@ from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation import evaluate as evaluation
 from adaptkit.training.evaluation.comparison import compare
 from adaptkit.training.evaluation.evaluate import evaluate
-from adaptkit.training.evaluation.report import EvaluateOptions
+from adaptkit.training.evaluation.options import EvaluateOptions
 from adaptkit.training.loop import train
 from adaptkit.training.memory import moments, paging
 from adaptkit.training.memory.optimizer import PagedAdamW

@@ -101,7 +101,7 @@ def test_gpus_use_larger_chunks_of_logits_and_copies_of_adapters(models, dtype, 
         kept = activations.save_activations(model.network, config, (rows, length), torch.device(device))
         assert found[device].memory["logits"] == kept.logits_bytes
     assert found["cuda"].memory["logits"] > 3 * found["cpu"].memory["logits"]
-    accelerate(model.network, dtype, torch.device("cuda"), without=frozenset({"patches"}))
+    accelerate(model.network, dtype, torch.device("cuda"))
     count = Trainable.of(model).values.numel()
     expected = predicted_memory(model.network, count, 0, Activations(None, 0, 0))
     assert found["cuda"].memory["weights"] == expected.weights

@@ -27,7 +27,7 @@ Shape = tuple[int, int]
 
 _NAME = "adaptkit-plan"
 """Name in transformers' registry of the attention that allocates what a GPU's does."""
-_NOT_PLANNED = frozenset({"tables", "patches", "entropy"})
+_NOT_PLANNED = frozenset({"tables", "entropy"})
 """Parts of ``fast`` that change nothing about a layer's memory, or whose kernels need values."""
 
 

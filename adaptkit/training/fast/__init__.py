@@ -5,19 +5,16 @@
     remade           norms and gates that are not saved
     unread           the last product of a layer, which is not recomputed
     gpu_entropy      the loss, over logits that become their gradient, on a GPU
-    patches          rotary embeddings by one launch, and no wait of the host, on a GPU
     tables           large embeddings, in host memory, on a GPU
 
 ``docs/figures.md`` has what each buys. Nothing outside of this room imports its modules.
 """
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from adaptkit.training.fast.attention import use_own_attention
-from adaptkit.training.fast.patches import patch_transformers
 from adaptkit.training.fast.products import join_products
 from adaptkit.training.fast.remade import remake_results
 from adaptkit.training.fast.tables import keep_in_host_memory
@@ -25,8 +22,8 @@ from adaptkit.training.fast.unread import unread_layers
 from adaptkit.training.network.loss import OutputLayer
 from adaptkit.training.triton_needs import has_triton
 
-PARTS = ("attention", "tables", "unread", "remade", "products", "entropy", "patches")
-_OF_TRAINING = frozenset({"unread", "remade", "patches"})
+PARTS = ("attention", "tables", "unread", "remade", "products", "entropy")
+_OF_TRAINING = frozenset({"unread", "remade"})
 
 
 def accelerate(
@@ -37,7 +34,7 @@ def accelerate(
     trains: bool = True,
     is_sharded: bool = False,
     without: frozenset[str] = frozenset(),
-) -> ExitStack:
+) -> None:
     """Replace operations of a network with its adapter by faster ones, which give the same results up to rounding.
 
     Call it before layers are checkpointed or sharded.
@@ -48,14 +45,10 @@ def accelerate(
         device: device that it will run on; the network may still be on the host, or consist of fake tensors.
         output: its output layer.
         trains: whether it will be trained.
-        is_sharded: whether its frozen weights will be sharded across processes. These are not joined, and no table is
-            moved to host memory.
+        is_sharded: whether its frozen weights will be sharded across processes; no table is moved to host memory then.
         without: names of ``PARTS`` to leave out, to measure what each buys.
-
-    Returns:
-        Undoes, when it is closed, what was changed outside of the network; only training changes something there.
     """
-    on_gpu, undo = device.type == "cuda", ExitStack()
+    on_gpu = device.type == "cuda"
     parts = set(PARTS) - without - (frozenset() if trains else _OF_TRAINING)
     if "attention" in parts:
         use_own_attention(network)
@@ -65,11 +58,8 @@ def accelerate(
     if "remade" in parts:
         remake_results(network, on_gpu)
     if "products" in parts:
-        join_products(network, unread, dtype, on_gpu, is_sharded)
+        join_products(network, unread, dtype, on_gpu)
     if "entropy" in parts and has_triton(device.type) and output is not None:
         from adaptkit.training.fast import gpu_entropy
 
         output.cross_entropy = gpu_entropy.cross_entropy
-    if "patches" in parts and on_gpu:
-        undo.enter_context(patch_transformers(network))
-    return undo

@@ -1,7 +1,6 @@
 """Parts of a decoder layer in Triton, in one pass each: computed in float32, then rounded once to the inputs' type.
 
 gate       y = silu(gate) · up                    silu(x) = x σ(x), σ(x) = 1 / (1 + exp(-x))
-rotary     y = x ∘ cos + h(x) ∘ sin               h([a | b]) = [-b | a]; both products are rounded too, as in torch
 lookup     y = table[ids]                         the table may be in pinned host memory, which the GPU reads directly
 """
 
@@ -15,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 _AT_A_TIME = 1024
-_ROTATED_AT_A_TIME = 2048
 
 
 def gate_forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -71,33 +69,6 @@ def _rows(side: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    """Apply rotary position embedding to queries and keys in one launch, or compute its backward pass.
-
-    Args:
-        query: (batch, tokens, heads, dim), dim even; the heads of a token are contiguous.
-        key: the same, with its own number of heads.
-        cos: (batch or 1, tokens, dim), contiguous.
-        sin: (batch or 1, tokens, dim), contiguous.
-        back: whether query and key are gradients by the rotated tensors, to be turned into gradients by the originals.
-
-    Returns:
-        Rotated query and key, contiguous.
-    """
-    batch, tokens, _, dim = query.shape
-    results = query.new_empty(query.shape), key.new_empty(key.shape)
-    sides = [side.reshape(batch * tokens, -1) for side in (query, key)]
-    counts, half = (query.shape[2], key.shape[2]), triton.next_power_of_2(dim // 2)
-    heads = min(triton.next_power_of_2(max(counts)), max(1, _ROTATED_AT_A_TIME // half))
-    if len(sides[0]):
-        with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-            _rotary[(batch * tokens, 2)](
-                *sides, cos, sin, *results, *(side.stride(0) for side in sides), cos.numel() // dim,
-                *counts, dim, half, heads, back, enable_fp_fusion=False,
-            )  # fmt: skip
-    return results
-
-
 @triton.jit
 def _look_up(table, numbers, rows, entries, width, block: tl.constexpr):
     """Copy one part of a row."""
@@ -131,46 +102,3 @@ def _gate_gradients(gate, up, grad, gate_stride, up_stride, width, chunk: tl.con
     by_gate = g * u * sigma * (1.0 + x * (1.0 - sigma))
     tl.store(gate, by_gate.to(gate.dtype.element_ty), mask=mask)
     tl.store(up, (g * x * sigma).to(up.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["angles"])  # avoids recompilation for batches of other lengths
-def _rotary(
-    query, key, cos, sin, to_query, to_key, query_stride, key_stride, angles,
-    query_heads: tl.constexpr, key_heads: tl.constexpr, dim: tl.constexpr, half: tl.constexpr, heads: tl.constexpr,
-    back: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    place = (row % angles) * dim
-    if tl.program_id(1) == 0:
-        to_query += row * query_heads * dim
-        _rotated(query + row * query_stride, cos + place, sin + place, to_query, query_heads, dim, half, heads, back)
-    else:
-        to_key += row * key_heads * dim
-        _rotated(key + row * key_stride, cos + place, sin + place, to_key, key_heads, dim, half, heads, back)
-
-
-@triton.jit
-def _rotated(
-    x, cos, sin, y, count: tl.constexpr, dim: tl.constexpr, half: tl.constexpr, heads: tl.constexpr, back: tl.constexpr
-):
-    column = tl.arange(0, half)[None, :]
-    inside = column < dim // 2
-    kind = y.dtype.element_ty
-    cos_a = tl.load(cos + column, mask=inside, other=0.0).to(tl.float32)
-    cos_b = tl.load(cos + dim // 2 + column, mask=inside, other=0.0).to(tl.float32)
-    sin_a = tl.load(sin + column, mask=inside, other=0.0).to(tl.float32)
-    sin_b = tl.load(sin + dim // 2 + column, mask=inside, other=0.0).to(tl.float32)
-    for first in range(0, count, heads):
-        head = first + tl.arange(0, heads)[:, None]
-        mask = inside & (head < count)
-        place = head * dim + column
-        a = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x + place + dim // 2, mask=mask, other=0.0).to(tl.float32)
-        if back:
-            from_a, from_b = b * sin_b, -(a * sin_a)
-        else:
-            from_a, from_b = -(b * sin_a), a * sin_b
-        new_a = (a * cos_a).to(kind).to(tl.float32) + from_a.to(kind).to(tl.float32)
-        new_b = (b * cos_b).to(kind).to(tl.float32) + from_b.to(kind).to(tl.float32)
-        tl.store(y + place, new_a.to(kind), mask=mask)
-        tl.store(y + place + dim // 2, new_b.to(kind), mask=mask)

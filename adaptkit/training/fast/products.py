@@ -7,8 +7,7 @@
 The first layer that is called computes the results of all, and the others take theirs; with dropout, where the X'
 differ, each computes its own. Against the plain layers of ``network.linear``:
 
-    launches   on a GPU weights of one kind are concatenated, and decoded by one launch; A and B are cast to the compute
-               dtype all at once before each pass of the network; gradients are added to ``grad`` by one launch
+    launches   on a GPU, A and B are cast to the compute dtype all at once before each pass of the network
     memory     the input is not saved if it can be made again, see ``remade``
     work       a recomputed layer leaves out results that nothing reads, see ``unread``
 """
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.training.fast.joined_weight import JoinedWeight, are_alike
 from adaptkit.training.fast.remade import source_of
 from adaptkit.training.memory.segments import is_recomputing
 from adaptkit.training.network.linear import LoraLinear
@@ -31,9 +29,7 @@ _ALIGNED = 64
 """Each matrix begins at a multiple of this many elements, since matrix products read sixteen bytes at a time."""
 
 
-def join_products(
-    network: Any, unread: frozenset[LoraLinear], dtype: torch.dtype, on_gpu: bool, is_sharded: bool = False
-) -> None:
+def join_products(network: Any, unread: frozenset[LoraLinear], dtype: torch.dtype, on_gpu: bool) -> None:
     """Replace the products of a network's layers that have an adapter, but no DoRA, or whose result is unread.
 
     The network runs once, on two tokens, to see which layers read the same input.
@@ -43,23 +39,17 @@ def join_products(
         unread: layers whose result a recomputed layer leaves out.
         dtype: compute dtype.
         on_gpu: whether it will run on a GPU.
-        is_sharded: whether its weights will be sharded; they are not concatenated then.
     """
     groups: list[_Group] = []
-    joined: set[Any] = set()  # a weight that two groups share stays in the first one's
     layers = [part for part in network.modules() if isinstance(part, LoraLinear) and part.magnitude is None]
     adapted = [layer for layer in layers if layer.lora_a is not None]
     together = _called_together(network, [layer for layer in adapted if not layer.dropout])
     for members in (*together, *([layer] for layer in adapted if layer.dropout)):
-        bases = {layer.base for layer in members}
-        groups.append(_Group(members, unread, joins_weights=on_gpu and not is_sharded and joined.isdisjoint(bases)))
-        joined |= bases
+        groups.append(_Group(members, unread))
         for index, layer in enumerate(members):
             _set_product(layer, groups[-1].product_of(index))
     for layer in unread.difference(adapted).intersection(layers):
         _set_product(layer, _skipping(weakref.ref(layer)))
-    if on_gpu and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()  # release the parts that were copied
 
     def begin(*_: Any) -> None:
         for group in groups:
@@ -109,20 +99,19 @@ class _Group:
         a: the A of each layer.
         b: the B of each layer.
         scales: the scaling of each layer.
-        weights: the weights: of each layer, or a ``JoinedWeight``.
+        weights: the weight of each layer.
         narrow_a: all A in the compute dtype, concatenated along rows; None: they are cast.
         narrow_b: every B in the compute dtype.
     """
 
-    def __init__(self, layers: Sequence[LoraLinear], unread: frozenset[LoraLinear], joins_weights: bool) -> None:
+    def __init__(self, layers: Sequence[LoraLinear], unread: frozenset[LoraLinear]) -> None:
         self._layers: list[Any] = [weakref.ref(layer) for layer in layers]  # each of which holds this
         self.a, self.b = ([getattr(layer, name) for layer in layers] for name in ("lora_a", "lora_b"))
         self.scales = [layer.scaling for layer in layers]
         self.narrow_a: Tensor | None = None
         self.narrow_b: Sequence[Tensor] = ()
         self._is_unread = unread.issuperset(layers)
-        bases: list[Any] = [layer.base for layer in layers]
-        self.weights: Any = JoinedWeight(bases) if joins_weights and are_alike(bases) else bases
+        self.weights = [layer.base for layer in layers]
         self.begin()
 
     def begin(self) -> None:
@@ -171,11 +160,8 @@ class _Group:
         return self.narrow_b if is_there else [b.to(dtype) for b in self.b]
 
     def dequantized(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield every weight, (out, in), decoded one after the other unless they are joined."""
-        if isinstance(self.weights, JoinedWeight):
-            yield from torch.split(self.weights.dequantize(dtype), self.weights.rows)
-        else:
-            yield from (weight.dequantize(dtype) for weight in self.weights)
+        """Yield every weight, (out, in), decoded one after the other."""
+        return (weight.dequantize(dtype) for weight in self.weights)
 
 
 class _Product(torch.autograd.Function):
@@ -184,28 +170,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: Tensor, group: Any, *factors: Tensor) -> Any:
         count = len(factors) // 2
-        ranks, rows = [len(a) for a in factors[:count]], [len(b) for b in factors[count:]]
+        ranks = [len(a) for a in factors[:count]]
         flat, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
         inner = dropped.reshape(-1, width) @ group.cast_a(x.dtype).T
-        joined = None
-        if isinstance(group.weights, JoinedWeight):
-            joined = x.new_empty(*x.shape[:-1], sum(rows))
-            # Unlike views, autograd lets the network change these results in place.
-            results = torch.unsafe_split_with_sizes(joined, rows, -1)
-        else:
-            results = tuple(x.new_empty(*x.shape[:-1], size) for size in rows)
+        results = tuple(x.new_empty(*x.shape[:-1], len(b)) for b in factors[count:])
         if group.skips:
             for result in results:
                 result.zero_()
         else:
-            parts = zip(results, torch.split(inner, ranks, 1), group.cast_b(x.dtype), group.scales, strict=True)
-            for result, part, b, scale in parts:
-                result.view(-1, len(b)).addmm_(part, b.T, beta=0, alpha=scale)
-            if joined is not None:
-                joined.view(-1, sum(rows)).addmm_(flat, group.weights.dequantize(x.dtype).T)
-            else:
-                for result, weight in zip(results, group.dequantized(x.dtype), strict=True):
-                    result.view(-1, len(weight)).addmm_(flat, weight.T)
+            shares = torch.split(inner, ranks, 1), group.cast_b(x.dtype), group.scales, group.dequantized(x.dtype)
+            for result, part, b, scale, weight in zip(results, *shares, strict=True):
+                result.view(-1, len(b)).addmm_(part, b.T, beta=0, alpha=scale).addmm_(flat, weight.T)
         # What is left out is added to its layer's output: the layer's backward pass begins here, and needs X' at once.
         ctx.make, sources = (None, (dropped,)) if group.skips else source_of(dropped)
         ctx.save_for_backward(inner, *factors, *sources)

@@ -65,34 +65,6 @@ def decode_nested_4bit(
             )
 
 
-def decode_parts_4bit(
-    codes: Tensor,
-    constants: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    block_size: int,
-    book: Codebook,
-    out: Tensor,
-) -> None:
-    """Do ``decode_nested_4bit`` for several concatenated weights in one launch, with the same bits.
-
-    Args:
-        codes: see ``decode_4bit``.
-        constants: (blocks,) uint8 codes; their nested constants, (groups,) float32, each weight starting a new group;
-            the offset of each weight, (parts,) float32; the first block and first group of each, (2, parts) int64; the
-            256 levels, float32.
-        block_size: see ``decode_4bit``.
-        book: see ``decode_4bit``.
-        out: see ``decode_4bit``.
-    """
-    small, nested, offsets, places, nested_levels = constants
-    full, rows = len(out) // block_size, max(1, _WEIGHTS_PER_PROGRAM // block_size)
-    arguments = codes, small, nested, nested_levels, _levels(book, codes.device), _bits(out), offsets, places, full
-    if full:
-        with _on(codes):
-            _decode_parts_4bit[(triton.cdiv(full, rows),)](
-                *arguments, len(offsets), block_size, rows, GROUP, _KINDS[out.dtype], **_EXACT
-            )
-
-
 def decode_8bit(codes: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
     """Decode blocks of (N,) int8 codes, the last of which may be short; see ``decode_4bit``."""
     steps = absmax / torch.full_like(absmax, 127)  # by a tensor: for a number torch may use the reciprocal
@@ -184,46 +156,10 @@ def _decode_nested_4bit(
     """Do ``decode_constants`` and ``decode_4bit`` in one; ``nest`` of ``constants`` share one element of ``nested``."""
     rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
     inside = rows < count
-    scale = _nested_scale(constants, nested, nested_levels, rows, rows // nest, inside) + offset
-    _decode_rows(codes, scale, levels, out, rows, inside, block, kind)
-
-
-@triton.jit
-def _decode_parts_4bit(
-    codes,
-    constants,
-    nested,
-    nested_levels,
-    levels,
-    out,
-    offsets,
-    places,
-    count,
-    parts: tl.constexpr,
-    block: tl.constexpr,
-    group: tl.constexpr,
-    nest: tl.constexpr,
-    kind: tl.constexpr,
-):
-    """Do ``decode_nested_4bit`` for several concatenated weights.
-
-    ``places`` holds the index of each weight's first block, then the index of each one's first element of ``nested``.
-    """
-    rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
-    inside = rows < count
-    part = tl.zeros((group,), tl.int32)
-    for j in tl.static_range(1, parts):
-        part += (rows >= tl.load(places + j)).to(tl.int32)
-    number = tl.load(places + parts + part) + (rows - tl.load(places + part)) // nest
-    scale = _nested_scale(constants, nested, nested_levels, rows, number, inside) + tl.load(offsets + part)
-    _decode_rows(codes, scale, levels, out, rows, inside, block, kind)
-
-
-@triton.jit
-def _nested_scale(constants, nested, nested_levels, rows, number, inside):
-    """Decode constants, without their offset; ``number`` is the index in ``nested`` of each one's own constant."""
     code = tl.load(constants + rows, mask=inside, other=0).to(tl.int32)
-    return tl.load(nested_levels + code) * tl.load(nested + number, mask=inside, other=0.0)
+    nested_scale = tl.load(nested + rows // nest, mask=inside, other=0.0)
+    scale = tl.load(nested_levels + code) * nested_scale + offset
+    _decode_rows(codes, scale, levels, out, rows, inside, block, kind)
 
 
 @triton.jit

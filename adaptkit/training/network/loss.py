@@ -30,8 +30,8 @@ def summed_loss(model: Any, batch: Batch, share: float = 1.0) -> Tensor:
     """Return the cross-entropy summed over a batch's answer tokens.
 
     No mask is passed: rows are padded at the end, and a causal model's other tokens do not attend to that padding. On a
-    GPU the host waits only for packed rows: before the first layer, where transformers checks whether positions restart
-    (a mask would avoid that, but make attention slower in every layer), and where the first layer with a mask reads the
+    GPU the host waits before the first layer, where transformers checks whether positions restart (a mask would avoid
+    that, but make attention slower in every layer), and for packed rows where the first layer with a mask reads the
     samples' lengths from it. All inputs are sent before that.
 
     Args:

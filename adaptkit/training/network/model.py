@@ -7,7 +7,6 @@ transformers builds the architecture on the meta device, without memory; its lin
 import gc
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -46,7 +45,6 @@ class Model:
         whole: parameters that are trained in full or that an adapter replaces, by name; see ``network.whole``.
         rows: trained rows of embeddings and output layers, by module; a tied head uses its embedding's.
         output_layer: computes logits from the last hidden state; None if only the whole network can.
-        undo: to be closed after use: undoes what accelerating the model changed outside of it.
     """
 
     network: Any
@@ -57,7 +55,6 @@ class Model:
     whole: dict[str, Whole] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     output_layer: OutputLayer | None = None
-    undo: ExitStack = field(default_factory=ExitStack)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -12,7 +12,7 @@ from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.evaluation.comparison import compare
 from adaptkit.training.evaluation.evaluate import evaluate
-from adaptkit.training.evaluation.report import EvaluateOptions
+from adaptkit.training.evaluation.options import EvaluateOptions
 from adaptkit.training.loop import train
 
 FLOAT32 = {"compute_dtype": "float32", "device": "cpu", "window": 48, "batch_size": 4}

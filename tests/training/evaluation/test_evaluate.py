@@ -200,7 +200,7 @@ def test_the_table_shows_text_measurements_and_the_number_of_truncated_samples(l
     )  # fmt: skip
     assert (done.code, done.stderr) == (0, "")
     table = dict(line.split("  ", 1) for line in done.stdout.splitlines())
-    assert "cut to --max-length" in table["samples"]
+    assert any("cut to --max-length" in line for line in done.stdout.splitlines())
     assert "perplexity" in table["loss on text"]
     assert "0.00000 nats" in table["KL divergence"]
     assert table["same top token"].strip() == "100 %"

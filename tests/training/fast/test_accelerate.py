@@ -1,10 +1,8 @@
-"""An accelerated network computes what the plain one does, whatever is left out, and leaves transformers as it was."""
+"""An accelerated network computes what the plain one does, whatever is left out."""
 
 import pytest
 import torch
 from adapted import IDS, load_adapted, logits_and_gradients, packed_in
-from transformers import masking_utils
-from transformers.models.llama import modeling_llama
 
 from adaptkit.data.batches import Batch
 from adaptkit.models import tables as large_tables
@@ -17,27 +15,11 @@ from adaptkit.training.network.loss import cross_entropy, summed_loss
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 """All that is prepared for a GPU, except for kernels, also runs on a CPU."""
 FAMILIES = ("llama", "qwen3", "gemma", "mixtral", "phi")
-OWN = modeling_llama.apply_rotary_pos_emb, masking_utils.find_packed_sequence_indices
 
 
-def patched():
-    found = modeling_llama.apply_rotary_pos_emb, masking_utils.find_packed_sequence_indices
-    return [one is not two for one, two in zip(found, OWN, strict=True)]
-
-
-@pytest.fixture
-def enter():
-    """Accelerate the network of a model until the test ends; then transformers is as it was."""
-    opened = []
-
-    def entered(model, device=CPU, **options):
-        opened.append(accelerate(model.network, model.dtype, device, model.output_layer, **options))
-        return model
-
-    yield entered
-    for undo in opened:
-        undo.close()
-    assert patched() == [False, False]
+def accelerated(model, device=CPU, **options):
+    accelerate(model.network, model.dtype, device, model.output_layer, **options)
+    return model
 
 
 def near(found, expected):
@@ -48,10 +30,10 @@ def near(found, expected):
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_the_plain_network(family, dropout, device, enter, made):
+def test_logits_and_gradients_are_those_of_the_plain_network(family, dropout, device, made):
     folder = packed_in(made, family)
     expected = logits_and_gradients(load_adapted(folder, dropout=dropout).network)
-    near(logits_and_gradients(enter(load_adapted(folder, dropout=dropout), device).network), expected)
+    near(logits_and_gradients(accelerated(load_adapted(folder, dropout=dropout), device).network), expected)
 
 
 def trained_step(model, policy):
@@ -71,17 +53,17 @@ def trained_step(model, policy):
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 @pytest.mark.parametrize("part", [None, *PARTS])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_with_checkpointed_layers_is_the_plain_one_whatever_is_left_out(family, part, device, enter, made):
+def test_a_step_with_checkpointed_layers_is_the_plain_one_whatever_is_left_out(family, part, device, made):
     folder, without = packed_in(made, family), frozenset({part} - {None})
     without |= {"entropy"} if device == GPU else set()  # a kernel: see test_gpu_entropy
     expected = trained_step(load_adapted(folder), "none")
-    near(trained_step(enter(load_adapted(folder), device, without=without), "layer"), expected)
+    near(trained_step(accelerated(load_adapted(folder), device, without=without), "layer"), expected)
 
 
-def test_with_everything_left_out_a_network_keeps_its_bits(enter, made):
+def test_with_everything_left_out_a_network_keeps_its_bits(made):
     folder = packed_in(made, "llama")
     expected = logits_and_gradients(load_adapted(folder).network)
-    found = logits_and_gradients(enter(load_adapted(folder), GPU, without=frozenset(PARTS)).network)
+    found = logits_and_gradients(accelerated(load_adapted(folder), GPU, without=frozenset(PARTS)).network)
     assert all(map(torch.equal, found, expected))
 
 
@@ -95,7 +77,6 @@ def active(model):
         "remade": "forward" in vars(layer.input_layernorm) and "forward" in vars(layer.mlp),
         "products": "multiply" in vars(layer.self_attn.q_proj),
         "entropy": model.output_layer.cross_entropy is not cross_entropy,
-        "patches": all(patched()),
     }
     assert isinstance(layer.mlp.down_proj, LoraLinear)
     assert set(signs) == set(PARTS)
@@ -115,22 +96,14 @@ def on_a_gpu(made, monkeypatch):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_exactly_what_is_named_is_left_out(part, on_a_gpu, enter):
+def test_exactly_what_is_named_is_left_out(part, on_a_gpu):
     left = {part, "unread"} if part == "products" else {part}  # products are what recomputation leaves out
-    assert active(enter(on_a_gpu(), GPU, without=frozenset({part}))) == set(PARTS) - left
+    assert active(accelerated(on_a_gpu(), GPU, without=frozenset({part}))) == set(PARTS) - left
 
 
-def test_all_is_used_unless_the_base_is_sharded(on_a_gpu, enter):
-    assert active(enter(on_a_gpu(), GPU)) == set(PARTS)
-    assert active(enter(on_a_gpu(), GPU, is_sharded=True)) == set(PARTS) - {"tables"}
-
-
-def test_closing_the_result_of_the_last_of_several_puts_transformers_functions_back(made):
-    opened = [accelerate(load_adapted(packed_in(made, "llama")).network, torch.float32, GPU) for _ in range(2)]
-    for undo in opened:
-        assert patched() == [True, True]
-        undo.close()
-    assert patched() == [False, False]
+def test_all_is_used_unless_the_base_is_sharded(on_a_gpu):
+    assert active(accelerated(on_a_gpu(), GPU)) == set(PARTS)
+    assert active(accelerated(on_a_gpu(), GPU, is_sharded=True)) == set(PARTS) - {"tables"}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +111,7 @@ def test_closing_the_result_of_the_last_of_several_puts_transformers_functions_b
     [{"device": CPU}, {"device": GPU, "trains": False, "without": frozenset({"entropy"})}],  # used if there is Triton
     ids=["cpu", "evaluation"],
 )
-def test_nothing_outside_of_a_network_changes_on_a_cpu_or_without_training(options, enter, made):
-    model = enter(load_adapted(packed_in(made, "llama"), targets=("*q_proj",)), **options)
-    assert patched() == [False, False]
+def test_a_cpu_and_an_evaluation_use_fewer_parts(options, made):
+    model = accelerated(load_adapted(packed_in(made, "llama"), targets=("*q_proj",)), **options)
     expected = {"attention", "products", *(() if "trains" in options else ("unread", "remade"))}
     assert active(model) == expected

@@ -71,41 +71,6 @@ def test_look_up_returns_nan_for_ids_out_of_range(triton_kernel):
     assert found.isnan().all(1).tolist() == [True, True, True, False]
 
 
-def rotated(x, cos, sin):
-    """As transformers computes it: (batch, tokens, heads, dim)."""
-    half = x.shape[-1] // 2
-    return x * cos[:, :, None] + torch.cat((-x[..., half:], x[..., :half]), -1) * sin[:, :, None]
-
-
-@pytest.mark.parametrize("angles", [1, 2])
-@pytest.mark.parametrize("dim", [2, 12, 64])
-@pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (9, 3), (1, 1), (70, 5)])
-def test_rotations_and_their_gradients_match_torch_bit_for_bit(triton_kernel, heads, key_heads, dim, angles):
-    """Queries and keys are column slices of one matrix, as joined layers pass them."""
-    generator = torch.Generator().manual_seed(heads + dim)
-    row = torch.randn(2, 5, (heads + key_heads) * dim + 3, generator=generator)
-    query, key = (side.unflatten(-1, (-1, dim)) for side in row.split([heads * dim, key_heads * dim, 3], -1)[:2])
-    cos, sin = (torch.randn(angles, 5, dim, generator=generator) for _ in range(2))
-    leaves = [side.clone().requires_grad_() for side in (query, key)]
-    expected = [rotated(side, cos, sin) for side in leaves]
-    found = triton_kernel("rotate", query, key, cos, sin, False)
-    assert all(one.is_contiguous() and torch.equal(one, two) for one, two in zip(found, expected, strict=True))
-    torch.autograd.backward(expected, [query, key])
-    back = triton_kernel("rotate", query, key, cos, sin, True)
-    assert all(torch.equal(one, leaf.grad) for one, leaf in zip(back, leaves, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rotations_in_sixteen_bits_are_near_those_in_float64(triton_kernel, dtype):
-    generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, 7, heads, 8, generator=generator).to(dtype) for heads in (4, 2))
-    angles = torch.rand(1, 7, 4, generator=generator).repeat(1, 1, 2) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    for one, side in zip(triton_kernel("rotate", query, key, cos, sin, False), (query, key), strict=True):
-        expected = rotated(side.double(), cos.double(), sin.double())
-        torch.testing.assert_close(one.double(), expected, rtol=0, atol=3 * ERROR[dtype] * float(side.abs().max()))
-
-
 @pytest.mark.parametrize("kernel", [gpu_layers._gate, gpu_layers._gate_gradients])
 def test_gate_kernels_read_and_write_sixteen_bytes_at_a_time(kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -144,27 +109,3 @@ def test_look_up_reads_and_writes_sixteen_bytes_at_a_time(monkeypatch, tmp_path)
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
     assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v4.b32"}
     assert "ld.global.v4.b32" in ptx
-
-
-@pytest.mark.parametrize("back", [False, True])
-def test_rotation_writes_sixteen_bytes_at_a_time(back, monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    names = gpu_layers._rotary.arg_names
-    tensors, sizes, static = names[:6], names[6:9], names[9:]
-    values = [32, 4, 128, 64, 32, back]
-    source = ASTSource(
-        fn=gpu_layers._rotary,
-        signature=dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sizes, "i32") | dict.fromkeys(static, "constexpr"),
-        constexprs={(9 + place,): value for place, value in enumerate(values)},
-        attrs={(place,): [["tt.divisibility", 16]] for place in range(8)},
-    )
-    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
-    assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v4.b32"}
-    assert "fma.rn.f32" not in ptx
-
-
-def test_rotation_is_not_recompiled_for_batches_of_a_different_length():
-    """By default, Triton compiles again for an argument that is 1 or a multiple of 16."""
-    told = {parameter.name for parameter in gpu_layers._rotary.params if parameter.do_not_specialize}
-    assert told == {"angles"}

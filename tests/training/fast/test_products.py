@@ -6,7 +6,6 @@
 import gc
 import weakref
 from collections import Counter
-from dataclasses import replace
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -16,7 +15,6 @@ from adapted import IDS, load_adapted, logits_and_gradients, packed_in
 from interrupted import stop_after
 from packing import decode, encode
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,15 +24,12 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.fast import joined_weight, products
-from adaptkit.training.fast.joined_weight import JoinedWeight
+from adaptkit.training.fast import products
 from adaptkit.training.fast.products import join_products
 from adaptkit.training.loop import train
 from adaptkit.training.memory.activations import layer_sizes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
-from adaptkit.training.network import packed as packed_room
-from adaptkit.training.network.decode import NestedConstants, constants_in_plain_torch, in_plain_torch
 from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.loss import summed_loss
@@ -60,7 +55,7 @@ def on_gpu(request):
 def join(monkeypatch):
     """Return a function that joins the products of a network, and returns their groups."""
 
-    def joined(network, on_gpu, dtype=torch.float32, is_sharded=False):
+    def joined(network, on_gpu, dtype=torch.float32):
         found = []
 
         class Kept(products._Group):
@@ -70,7 +65,7 @@ def join(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(products, "_Group", Kept)
-            join_products(network, frozenset(), dtype, on_gpu, is_sharded)
+            join_products(network, frozenset(), dtype, on_gpu)
         return found
 
     return joined
@@ -292,14 +287,12 @@ def test_an_input_without_a_gradient_needs_no_backward_product_with_the_weight(j
 
     before = found(x)
     join(twins, on_gpu)
-    for owner in (PackedWeight, JoinedWeight):
-        own = owner.dequantize
-        monkeypatch.setattr(owner, "dequantize", lambda w, dtype, own=own: (decoded.append(1), own(w, dtype))[1])
+    own = PackedWeight.dequantize
+    monkeypatch.setattr(PackedWeight, "dequantize", lambda w, dtype: (decoded.append(1), own(w, dtype))[1])
     near(found(x), before)
-    once = len(decoded)
-    assert once == (1 if on_gpu else 2)
+    assert len(decoded) == 2
     near(found(x.clone().requires_grad_()), before)
-    assert len(decoded) == 3 * once
+    assert len(decoded) == 6
 
 
 def test_an_input_is_freed_without_the_garbage_collector(join, on_gpu):
@@ -386,131 +379,6 @@ def test_a_bfloat16_gradient_is_cast_to_float32_before_it_is_scaled():
     torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=0)
 
 
-# Weights that are concatenated for a GPU.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize(("format_name", "block_size"), [("nf4", 64), ("fp4", 32)])
-def test_joined_weights_are_decoded_to_the_same_bits_and_stored_once(format_name, block_size, double_quant, dtype):
-    """300 rows do not fill whole groups of 256 constants, so the next weight's groups begin inside one."""
-    bases = [base_of(format_name, rows, rows, block_size, double_quant) for rows in (300, 7, 512)]
-    expected = torch.cat([base.dequantize(dtype) for base in bases])
-    shapes = [{name: part.shape for name, part in base.named_buffers()} for base in bases]
-    joined = JoinedWeight(bases)
-    assert torch.equal(joined.dequantize(dtype), expected)
-    assert torch.equal(torch.cat([base.dequantize(dtype) for base in bases]), expected)
-    assert [{name: part.shape for name, part in base.named_buffers()} for base in bases] == shapes
-    storages = {base.codes.untyped_storage().data_ptr() for base in bases}
-    assert len(storages) == 1
-    assert bases[0].codes.untyped_storage().nbytes() == sum(base.codes.nbytes for base in bases)
-
-
-def test_decoding_without_triton_does_not_synchronize_with_the_gpu(monkeypatch):
-    """Synchronizing for every weight would keep a GPU idle. Reading a value of a fake tensor fails."""
-    monkeypatch.setattr(joined_weight, "decode_constants", constants_in_plain_torch)
-    monkeypatch.setattr(packed_room, "decode", in_plain_torch)
-    joined = JoinedWeight([base_of("nf4", rows, rows) for rows in (300, 7)])
-    mode, weight = FakeTensorMode(), joined._weight
-    with mode:
-        unknown, constants = mode.from_tensor, weight.constants
-        constants = NestedConstants(unknown(constants.codes), unknown(constants.nested_absmax), constants.offset)
-        joined._weight = replace(
-            weight, codes=unknown(weight.codes), constants=constants, levels=unknown(weight.levels)
-        )
-        found = joined.dequantize(BFLOAT16)
-    assert found.shape == (307, 64)
-
-
-def test_joining_changes_neither_the_state_dict_nor_parameter_names_nor_the_weight_attribute(join, packed):
-    model = load_adapted(packed)
-    before = {name: part.clone() for name, part in model.network.state_dict().items()}
-    names = [name for name, _ in model.network.named_parameters()]
-    weights = {name: layer.weight.detach().clone() for name, layer in model.linears.items()}
-    join(model.network, True, BFLOAT16)
-    after = model.network.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], part) for name, part in before.items())
-    assert [name for name, _ in model.network.named_parameters()] == names
-    assert all(torch.equal(layer.weight, weights[name]) for name, layer in model.linears.items())
-
-
-def joined_names(model, groups):
-    """Return the names of the layers whose weights are joined."""
-    known = {id(a) for group in groups if isinstance(group.weights, JoinedWeight) for a in group.a}
-    return {name.rpartition(".")[2] for name, layer in model.linears.items() if id(layer.lora_a) in known}
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ({}, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
-        ({"targets": ("q_proj", "v_proj")}, {"q_proj", "v_proj"}),
-        ({"targets": ("q_proj", "up_proj")}, set()),
-        ({"dora": True}, set()),
-        ({"dropout": 0.5}, set()),
-    ],
-    ids=["all", "some", "one of each", "dora", "dropout"],
-)
-def test_weights_of_layers_with_an_adapter_and_the_same_input_are_joined(join, packed, options, names):
-    model = load_adapted(packed, **options)
-    before = logits_and_gradients(model.network)
-    assert joined_names(model, join(model.network, True)) == names
-    near(logits_and_gradients(model.network), before)
-    assert not joined_names(model, join(load_adapted(packed, **options).network, True, is_sharded=True))
-
-
-def test_a_layer_with_dora_does_not_prevent_joining_the_others(join, packed):
-    model = load_adapted(packed)
-    for name, layer in model.adapted().items():
-        layer.scaling = 0.5 if name.endswith("v_proj") else layer.scaling
-        if name.endswith("k_proj"):
-            layer.attach_magnitude()
-        if name.endswith("q_proj"):
-            layer.attach_bias(torch.ones(layer.base.shape[0]))
-    before = logits_and_gradients(model.network)
-    assert joined_names(model, join(model.network, True)) == {"q_proj", "v_proj", "gate_proj", "up_proj"}
-    near(logits_and_gradients(model.network), before)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        (("nf4", 8), ("nf4", 16), True),
-        (("nf4", 8), ("fp4", 8), False),
-        (("nf4", 8), ("nf4", 8, 32), False),
-        (("nf4", 8), ("nf4", 8, 64, False), False),
-        (("int8", 8), ("int8", 8), False),
-        (("nf4", 8), None, False),
-    ],
-    ids=["alike", "format", "block size", "constants", "int8", "one weight twice"],
-)
-def test_only_distinct_4_bit_weights_of_the_same_encoding_are_joined(join, first, second, expected):
-    def base(name, rows, *options):
-        return base_of(name, rows, rows, *options)
-
-    one = base(*first)
-    both = Twins(BOTH, one, one if second is None else base(*second))
-    before = both(torch.arange(5)[None])
-    (group,) = join(both, True)
-    near(both(torch.arange(5)[None]), before)
-    assert isinstance(group.weights, JoinedWeight) == expected
-
-
-def test_weights_that_two_pairs_of_layers_share_are_stored_once(join):
-    """As in Zamba, where each use of the attention has its own adapters."""
-    bases = base_of("nf4", 8, 0), base_of("nf4", 16, 1)
-    first, second = (Twins(BOTH, *bases) for _ in range(2))
-    pair = Twins(lambda _, x: (*BOTH(first, x), *BOTH(second, x + 1)))
-    pair.first, pair.second = first, second
-    before = pair(torch.arange(5)[None])
-    groups = join(pair, True)
-    near(pair(torch.arange(5)[None]), before)
-    held = {base.codes.untyped_storage().data_ptr() for base in bases}
-    joined = [group.weights for group in groups if isinstance(group.weights, JoinedWeight)]
-    assert {weight._weight.codes.untyped_storage().data_ptr() for weight in joined} == held
-
-
 # Adapters that are cast all at once for a GPU.
 
 
@@ -593,11 +461,8 @@ def test_a_run_with_all_of_it_that_is_interrupted_ends_with_the_bytes_of_one_tha
     )  # fmt: skip
 
     def joining(dtype):
-        from contextlib import ExitStack
-
         def accelerate(network, *_, **options):
             join_products(network, frozenset(), dtype, True)
-            return ExitStack()
 
         monkeypatch.setattr(preparation, "accelerate", accelerate)
 
@@ -632,10 +497,9 @@ def launches(layers, monkeypatch):
 
     def decode(self, dtype):
         decoded.append(1)
-        return torch.empty(sum(self.rows) if isinstance(self, JoinedWeight) else self.shape[0], 64, dtype=dtype)
+        return torch.empty(self.shape[0], 64, dtype=dtype)
 
-    for owner in (PackedWeight, JoinedWeight):
-        monkeypatch.setattr(owner, "dequantize", decode)
+    monkeypatch.setattr(PackedWeight, "dequantize", decode)
     for layer in layers:
         layer.lora_a.grad, layer.lora_b.grad = torch.zeros_like(layer.lora_a), torch.zeros_like(layer.lora_b)
     x = torch.randn(5, 64).bfloat16().requires_grad_()
@@ -651,7 +515,7 @@ def launches(layers, monkeypatch):
 
 @pytest.mark.parametrize(
     ("names", "plain", "joined", "narrow"),
-    [("qkv", (18, 38), (11, 23), (6, 18)), (("gate", "up"), (12, 25), (9, 17), (5, 13))],
+    [("qkv", (18, 38), (15, 25), (10, 20)), (("gate", "up"), (12, 25), (11, 18), (7, 14))],
     ids=["qkv", "gate"],
 )
 def test_joined_layers_take_fewer_launches(join, packed, names, plain, joined, narrow, monkeypatch):

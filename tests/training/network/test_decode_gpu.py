@@ -72,27 +72,3 @@ def test_a_non_finite_constant_decodes_to_non_finite_weights(triton_kernel, name
         expected = expected_weights(codes, absmax, 64, 64, BOOKS[name], dtype)
         for found in in_all_ways(triton_kernel, Blocks(codes, absmax, LEVELS, 64, 64, BOOKS[name]), dtype):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.sampled_from(["nf4", "fp4"]), st.lists(st.integers(1, 600), min_size=1, max_size=4),
-    st.sampled_from([32, 64, 4096]), st.sampled_from(DTYPES), st.integers(0, 2**31),
-)  # fmt: skip
-def test_weights_stored_one_after_the_other_decode_in_one_launch_to_the_bits_of_each_alone(
-    triton_kernel, name, parts, block_size, dtype, seed
-):
-    generator, parts = torch.Generator().manual_seed(seed), [min(blocks, 1024 * 64 // block_size) for blocks in parts]
-    groups, expected, found = [-(-blocks // 256) for blocks in parts], [], []
-    for blocks, nests in zip(parts, groups, strict=True):
-        codes = random_codes(name, blocks * block_size, generator)
-        small = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
-        nested, offset = (torch.rand(size, generator=generator) * 0.1 for size in (nests, 1))
-        absmax = reference.decode_constants(small, nested, float(offset), LEVELS)
-        expected.append(reference.decode_4bit(codes, absmax, blocks * block_size, block_size, BOOKS[name], dtype))
-        found.append((codes, small, nested, offset))
-    codes, *constants = (torch.cat(side) for side in zip(*found, strict=True))
-    places = torch.tensor([[sum(side[:index]) for index in range(len(parts))] for side in (parts, groups)])
-    out = torch.empty(sum(parts) * block_size, dtype=dtype)
-    found = triton_kernel("decode_parts_4bit", codes, (*constants, places, LEVELS), block_size, BOOKS[name], out)
-    assert torch.equal(found.view(torch.uint8), torch.cat(expected).view(torch.uint8))

@@ -14,13 +14,12 @@ from adaptkit.training.network import decode_gpu
 STATIC = {
     "decode_4bit": {"block": 64, "group": 32},
     "decode_nested_4bit": {"block": 64, "group": 32, "nest": 256},
-    "decode_parts_4bit": {"parts": 3, "block": 64, "group": 32, "nest": 256},
     "decode_8bit": {"size": 64, "chunk": 2048},
     "decode_constants": {"chunk": 1024, "group": 256},
 }
 POINTERS = {"levels": "*fp32", "steps": "*fp32", "absmax": "*fp32",
             "nested": "*fp32", "offset": "fp32", "constants": "*u8",
-            "nested_levels": "*fp32", "offsets": "*fp32", "places": "*i64"}  # fmt: skip
+            "nested_levels": "*fp32"}  # fmt: skip
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -44,7 +43,7 @@ def test_products_and_sums_are_not_contracted(name, kind, capability, monkeypatc
     assert "div" not in ptx
 
 
-@pytest.mark.parametrize("name", ["decode_4bit", "decode_nested_4bit", "decode_parts_4bit"])
+@pytest.mark.parametrize("name", ["decode_4bit", "decode_nested_4bit"])
 def test_decoded_weights_are_written_sixteen_bytes_at_a_time(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

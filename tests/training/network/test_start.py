@@ -140,7 +140,7 @@ def test_settings_that_do_not_fit_the_model_are_refused_with_a_hint(llama, setti
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_takes_too_long_to_match_is_refused_by_its_setting(llama, setting):
     with pytest.raises(AdapterError, match=f"{setting}: .* takes too long to match") as caught:
-        begun(llama, **{setting: {r"((\w|\w\w|\.)+)+\d\d": 2}})
+        begun(llama, **{setting: {r"(((\w|\w\w|\w\w\w|\.)+)+)+\d\d": 2}})
     assert (caught.value.exit_code, caught.value.hint) == (5, "use a simpler pattern, without nested repetition")
 
 
