@@ -20,11 +20,11 @@ from pathlib import Path
 import bench_training
 import get_smollm2
 
-PARTS = ("attention", "unread", "remade", "products")
+PARTS = ("attention", "last_products", "norms_and_gates", "products")
 LINES = {
-    "attention": ("attention", "attention_gpu", "cpu_attention", "spans"),
-    "unread": ("unread",),
-    "remade": ("remade", "gpu_layers"),
+    "attention": ("attention", "attention_gpu", "cpu_attention", "attention_spans"),
+    "last_products": ("last_products",),
+    "norms_and_gates": ("norms_and_gates", "gpu_layers"),
     "products": ("products",),
 }
 """The modules of each part that does something on a CPU."""

@@ -10,7 +10,7 @@ from adaptkit.cli.output import plain
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from adaptkit.training.report import StepReport
+    from adaptkit.training.report import StepProgress
 
 
 class Bar:
@@ -110,7 +110,7 @@ def _updated(label: str, hidden: bool, columns: Sequence[str]) -> Iterator[Calla
 @contextmanager
 def training_progress(
     hidden: bool, quiet: bool
-) -> Iterator[tuple[Callable[["StepReport"], None], Callable[[str], None]]]:
+) -> Iterator[tuple[Callable[["StepProgress"], None], Callable[[str], None]]]:
     """Show a training run's step, loss, tokens per second and time left during the block.
 
     Args:
@@ -123,7 +123,7 @@ def training_progress(
     columns = ("MofNCompleteColumn", "loss {task.fields[loss]:.4f}", "{task.fields[speed]:.0f} tokens/s")
     bar = Bar("train", hidden, columns, quiet)
 
-    def show(report: "StepReport") -> None:
+    def show(report: "StepProgress") -> None:
         bar.update(report.step, report.steps, loss=report.loss, speed=report.tokens_per_second)
 
     try:

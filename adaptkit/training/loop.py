@@ -35,7 +35,7 @@ from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
 from adaptkit.training.picture import can_draw, draw
 from adaptkit.training.preparation import checkpoint_bytes
-from adaptkit.training.report import StepReport, TrainReport
+from adaptkit.training.report import StepProgress, TrainReport
 from adaptkit.training.result import write_result
 from adaptkit.training.resume import (
     check_not_finished,
@@ -60,7 +60,7 @@ def train(
     force: bool = False,
     resume: bool = False,
     dry_run: Literal[False] = False,
-    on_step: Callable[[StepReport], None] = ...,
+    on_step: Callable[[StepProgress], None] = ...,
     note: Callable[[str], None] = ...,
 ) -> TrainReport: ...
 
@@ -80,7 +80,7 @@ def train(
     force: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    on_step: Callable[[StepReport], None] = lambda report: None,
+    on_step: Callable[[StepProgress], None] = lambda report: None,
     note: Callable[[str], None] = to_stderr,
 ) -> TrainReport | RunPlan:
     """Train an adapter, or with ``method: full`` a whole model. An interrupted run resumes when it is called again.
@@ -135,7 +135,7 @@ def _train_on_rank_zero(
     output: Path,
     force: bool,
     resume: bool,
-    on_step: Callable[[StepReport], None],
+    on_step: Callable[[StepProgress], None],
     note: Callable[[str], None],
     world: World,
 ) -> TrainReport:

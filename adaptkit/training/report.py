@@ -6,7 +6,7 @@ from adaptkit.training.data_report import DataReport
 
 
 @dataclass(frozen=True)
-class StepReport:
+class StepProgress:
     """One optimizer step.
 
     Attributes:

@@ -29,11 +29,11 @@ from adaptkit.training.network.model import free_former_network
 from adaptkit.training.network.start import cannot_be_merged, first_names, left_out, peft_drops
 from adaptkit.training.observations import Observations
 from adaptkit.training.preparation import batches_of, begin_run, build, expected_memory, largest_batch, total_steps
-from adaptkit.training.report import StepReport
+from adaptkit.training.report import StepProgress
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
+from adaptkit.training.signals import signals_deferred
 from adaptkit.training.trackers import Tracker
-from adaptkit.training.uninterrupted import uninterrupted
 from adaptkit.wording import counted
 
 _SKIPPED_IN_A_ROW = 5
@@ -111,7 +111,7 @@ class Run:
         if snapshot:
             self._restore(snapshot)
 
-    def train(self, on_step: Callable[[StepReport], None], trackers: Sequence[Tracker] = ()) -> None:
+    def train(self, on_step: Callable[[StepProgress], None], trackers: Sequence[Tracker] = ()) -> None:
         """Take the remaining steps; save a checkpoint whatever interrupts them.
 
         Args:
@@ -127,12 +127,12 @@ class Run:
                 line = self._step(self.done)
                 tokens, seconds = tokens + line["tokens"], seconds + time.monotonic() - start
                 self.tokens_per_second = tokens / seconds
-                on_step(StepReport(self.done, self.steps, line.get("loss", math.nan), self.tokens_per_second))
+                on_step(StepProgress(self.done, self.steps, line.get("loss", math.nan), self.tokens_per_second))
                 self._observe()
                 if self._world.is_first and self._is_due(self._config.save_every):
                     self._save()
         finally:
-            with uninterrupted():  # torchrun sends a second signal after the terminal's
+            with signals_deferred():  # torchrun sends a second signal after the terminal's
                 if self._can_save and self.done != self._saved:
                     self._save()
         idle = [name for name, change in self.model.changes().items() if not bool(change.lora_b.any())]
@@ -166,7 +166,7 @@ class Run:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Defer signals while the block changes the state; if it fails, the state is inconsistent and is not saved."""
-        with uninterrupted():
+        with signals_deferred():
             self._can_save = False
             yield
             self._can_save = self._world.is_first

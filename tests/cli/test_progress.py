@@ -6,7 +6,7 @@ import pytest
 from rich.progress import Progress
 
 from adaptkit.cli.progress import Bar, byte_progress, count_progress, training_progress
-from adaptkit.training.report import StepReport
+from adaptkit.training.report import StepProgress
 
 
 class Terminal(io.StringIO):
@@ -70,7 +70,9 @@ def test_a_name_that_looks_like_markup_is_shown_as_it_is(path, bars):
 def test_a_training_run_shows_its_loss_and_speed_and_notes_above_the_bar(bars):
     made = bars()
     with training_progress(hidden=False, quiet=True) as (on_step, note):
-        on_step(StepReport(**dict.fromkeys(StepReport.__dataclass_fields__, 0) | {"step": 1, "steps": 9, "loss": 2.5}))
+        on_step(
+            StepProgress(**dict.fromkeys(StepProgress.__dataclass_fields__, 0) | {"step": 1, "steps": 9, "loss": 2.5})
+        )
         note("of no importance")
         note("warning: the disk is full")
         shown = made[0].console.file.getvalue()

@@ -5,7 +5,7 @@ import torch
 from adapted import load_adapted, packed_in
 
 from adaptkit.training.fast import accelerate
-from adaptkit.training.fast.unread import unread_layers
+from adaptkit.training.fast.last_products import find_last_products
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 
 if not torch.cuda.is_available():
@@ -46,7 +46,7 @@ def test_checkpointed_gradients_equal_those_without_checkpointing(folder, policy
     found = []
     for how in ("none", policy):
         model = load_adapted(folder, torch.bfloat16, device=GPU)
-        assert len(unread_layers(model.network)) == model.network.config.num_hidden_layers
+        assert len(find_last_products(model.network)) == model.network.config.num_hidden_layers
         accelerate(model.network, torch.bfloat16, GPU)
         checkpoint_layers(model.network, choose_checkpointing(model.network, how, list))
         found.append(step(model.network))

@@ -19,7 +19,7 @@ from adaptkit.training.product_cache import limit_product_cache
 
 if TYPE_CHECKING:
     from adaptkit.training.evaluation.comparison import Comparison
-    from adaptkit.training.evaluation.report import Answer
+    from adaptkit.training.evaluation.report import GeneratedAnswer
 
 _FILE = LocalPath()
 
@@ -71,7 +71,7 @@ def command(
     if samples_file is not None:
         _check_samples_file(samples_file, wanted.generate, html)
     check_page(html, pictures=False)
-    answers: list[Answer] = []
+    answers: list[GeneratedAnswer] = []
     more: dict[str, Any] = {"text": text, "reference": reference, "on_answer": answers.append}
     if compared or wanted.shots or len(bases) > 1 or len(adapters) > 1:
         with count_progress("models", as_json or quiet) as progress:
@@ -118,14 +118,14 @@ def _check_samples_file(path: Path, generate: bool, html: Path | None) -> None:
 
 
 def _are_answers(beginning: bytes) -> bool:
-    from adaptkit.training.evaluation.report import Answer
+    from adaptkit.training.evaluation.report import GeneratedAnswer
 
     try:
         found = json.loads(beginning.partition(b"\n")[0])
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and set(found) == {f.name for f in fields(Answer)}
+    return isinstance(found, dict) and set(found) == {f.name for f in fields(GeneratedAnswer)}
 
 
-def _line(answer: "Answer") -> str:
+def _line(answer: "GeneratedAnswer") -> str:
     return json.dumps(asdict(answer), ensure_ascii=False) + "\n"

@@ -8,13 +8,13 @@ from adaptkit.cli.pages.page import render
 
 if TYPE_CHECKING:
     from adaptkit.training.evaluation.comparison import Comparison
-    from adaptkit.training.evaluation.report import Answer
+    from adaptkit.training.evaluation.report import GeneratedAnswer
 
 _QUESTIONS = 20
 """Maximum number of questions with their answers."""
 
 
-def evaluate_page(comparison: "Comparison", answers: Sequence["Answer"] = ()) -> str:
+def evaluate_page(comparison: "Comparison", answers: Sequence["GeneratedAnswer"] = ()) -> str:
     """Return a self-contained HTML document.
 
     Args:
@@ -23,7 +23,7 @@ def evaluate_page(comparison: "Comparison", answers: Sequence["Answer"] = ()) ->
     """
     labels = measured.short_labels(comparison)
     names = dict(zip((report.label for report in comparison.models), labels, strict=True))
-    asked: dict[tuple[str, ...], list[Answer]] = {}
+    asked: dict[tuple[str, ...], list[GeneratedAnswer]] = {}
     for answer in answers:
         asked.setdefault(tuple(message["content"] for message in answer.messages), []).append(answer)
     measures, rows = measured.measures(comparison), []

@@ -170,10 +170,10 @@ class _Groups(TorchFunctionMode):
 
 
 def _attend_on_gpu(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    return _Attention.apply(query, key, value), None  # type: ignore[no-untyped-call]
+    return _AttentionMemory.apply(query, key, value), None  # type: ignore[no-untyped-call]
 
 
-class _Attention(torch.autograd.Function):
+class _AttentionMemory(torch.autograd.Function):
     """Saves its (batch, heads, rows, dim) inputs, its output and one number per row, as FlashAttention does.
 
     The backward pass also allocates sums of gradients of the queries in float32, and gradients of keys and values for

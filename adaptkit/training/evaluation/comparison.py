@@ -13,7 +13,7 @@ from adaptkit.models.model_lock import model_lock
 from adaptkit.training.evaluation.evaluate import check_files, check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.options import EvaluateOptions
-from adaptkit.training.evaluation.report import Answer, EvaluateReport
+from adaptkit.training.evaluation.report import EvaluateReport, GeneratedAnswer
 from adaptkit.training.network.lineage import Weights, base_of, parent_among
 
 
@@ -77,7 +77,7 @@ def compare(
     *,
     text: AnyPath | Sequence[AnyPath] = (),
     reference: AnyPath | None = None,
-    on_answer: Callable[[Answer], None] = lambda answer: None,
+    on_answer: Callable[[GeneratedAnswer], None] = lambda answer: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Measure models one after the other on the same data, text and questions.

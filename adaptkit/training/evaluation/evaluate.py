@@ -17,10 +17,10 @@ from adaptkit.models.model_lock import model_lock
 from adaptkit.training.device import choose_device, choose_dtype, make_current, name_of, without_cudnn_attention
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.evaluation.generation import Generated, generate
-from adaptkit.training.evaluation.material import Asked, Material, read_material
+from adaptkit.training.evaluation.material import Asked, EvaluationData, read_material
 from adaptkit.training.evaluation.options import EvaluateOptions
 from adaptkit.training.evaluation.perplexity import mean_loss, measure_text, perplexity_of
-from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport
+from adaptkit.training.evaluation.report import EvaluateReport, GeneratedAnswer, GenerationReport
 from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.fast import accelerate
 from adaptkit.training.network.lineage import Weights, check_base, template_kwargs, trained_parameters
@@ -38,7 +38,7 @@ def evaluate(
     *,
     text: AnyPath | Sequence[AnyPath] = (),
     reference: AnyPath | None = None,
-    on_answer: Callable[[Answer], None] = lambda answer: None,
+    on_answer: Callable[[GeneratedAnswer], None] = lambda answer: None,
 ) -> EvaluateReport:
     """Measure a model, with or without an adapter.
 
@@ -139,10 +139,10 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
 def measure(
     base: Path,
     adapter: Adapter | None,
-    material: Material,
+    material: EvaluationData,
     options: EvaluateOptions,
     reference: Model | None,
-    on_answer: Callable[[Answer], None],
+    on_answer: Callable[[GeneratedAnswer], None],
 ) -> EvaluateReport:
     """Measure one model on its material; see ``evaluate``."""
     model = load(base, options, adapter)
@@ -205,9 +205,9 @@ def _require_numbers(base: Path, losses: Mapping[str, float | None]) -> None:
 def _with_answers(
     report: EvaluateReport,
     model: Model,
-    material: Material,
+    material: EvaluationData,
     options: EvaluateOptions,
-    on_answer: Callable[[Answer], None],
+    on_answer: Callable[[GeneratedAnswer], None],
 ) -> EvaluateReport:
     """Answer the prompts and the data's questions, and score the latter."""
 
@@ -231,7 +231,7 @@ def _with_answers(
         return report
     found = say(material.question_prompts)
     for question, answer in zip(material.questions, found, strict=True):
-        on_answer(Answer(report.label, question.messages, answer.text, question.references))
+        on_answer(GeneratedAnswer(report.label, question.messages, answer.text, question.references))
     references = [question.references for question in material.questions]
     generated = GenerationReport(
         questions=len(found),

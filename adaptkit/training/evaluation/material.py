@@ -1,4 +1,4 @@
-"""Material that models are measured on, tokenized for each before any model is loaded."""
+"""What models are measured on, tokenized for each before any model is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Material:
+class EvaluationData:
     """What one model is measured on.
 
     Attributes:
@@ -84,7 +84,7 @@ def read_material(
     options: EvaluateOptions,
     reference: Path | None = None,
     others: Sequence[Asked] = (),
-) -> list[Material]:
+) -> list[EvaluationData]:
     """Read everything that models are measured on.
 
     Args:
@@ -109,8 +109,8 @@ def read_material(
         wanted = read_questions(data, options.layout, to_score=options.generate)
     shots = read_shots(options.shots_from, options.shots, options.seed, wanted, options.layout) if options.shots else ()
     asked = choose(wanted, options.samples, options.seed) if options.generate else ()
-    readers = [_Reader(model, data, text, options) for model in models]
-    everyone = [*readers, *(_Reader(other, data, text, options) for other in others)]
+    readers = [_ModelReader(model, data, text, options) for model in models]
+    everyone = [*readers, *(_ModelReader(other, data, text, options) for other in others)]
     questions = tuple(question for question in asked if all(reader.has_room(question) for reader in everyone))
     if asked and not questions:
         raise DataError(
@@ -121,7 +121,7 @@ def read_material(
     return [reader.read(questions, shots, len(asked) - len(questions)) for reader in readers]
 
 
-class _Reader:
+class _ModelReader:
     """Reads the material of one model."""
 
     def __init__(self, model: Asked, data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions) -> None:
@@ -140,7 +140,7 @@ class _Reader:
         room = self._room
         return room is None or len(self._prompt(question, ())[0]) <= room
 
-    def read(self, questions: tuple[Question, ...], shots: tuple[Messages, ...], too_long: int) -> Material:
+    def read(self, questions: tuple[Question, ...], shots: tuple[Messages, ...], too_long: int) -> EvaluationData:
         """Tokenize everything."""
         options = self._options
         dataset, fewer = Dataset(), 0
@@ -172,7 +172,7 @@ class _Reader:
                 f"{', '.join(map(str, self._data))}: an answer is empty but for an end token",
                 hint="give every row a reference answer",
             )
-        return Material(
+        return EvaluationData(
             tokenizer=self._tokenizer,
             own_template=self._own_template,
             dataset=dataset,

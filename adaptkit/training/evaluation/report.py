@@ -31,7 +31,7 @@ class GenerationReport:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """An answer to a question of the data.
 
     Attributes:

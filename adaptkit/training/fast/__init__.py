@@ -2,8 +2,8 @@
 
     attention        on a CPU in blocks, by compiled kernels; on a GPU torch's, also for packed rows and shared heads
     products         layers that read the same input; casts, decoding and gradients by few launches
-    remade           norms and gates that are not saved
-    unread           the last product of a layer, which is not recomputed
+    norms_and_gates  norms and gates that are not saved
+    last_products    the last product of a layer, which is not recomputed
     gpu_entropy      the loss, over logits that become their gradient, on a GPU
     tables           large embeddings, in host memory, on a GPU
 
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from adaptkit.training.fast.attention import use_own_attention
+from adaptkit.training.fast.last_products import find_last_products
+from adaptkit.training.fast.norms_and_gates import replace_norms_and_gates
 from adaptkit.training.fast.products import join_products
-from adaptkit.training.fast.remade import remake_results
 from adaptkit.training.fast.tables import keep_in_host_memory
-from adaptkit.training.fast.unread import unread_layers
 from adaptkit.training.network.loss import OutputLayer
 from adaptkit.training.triton_needs import has_triton
 
-PARTS = ("attention", "tables", "unread", "remade", "products", "entropy")
-_OF_TRAINING = frozenset({"unread", "remade"})
+PARTS = ("attention", "tables", "last_products", "norms_and_gates", "products", "entropy")
+_OF_TRAINING = frozenset({"last_products", "norms_and_gates"})
 
 
 def accelerate(
@@ -54,11 +54,11 @@ def accelerate(
         use_own_attention(network)
     if "tables" in parts and on_gpu and not is_sharded:
         keep_in_host_memory(network, dtype)
-    unread = unread_layers(network) if "unread" in parts else frozenset()
-    if "remade" in parts:
-        remake_results(network, on_gpu)
+    last_products = find_last_products(network) if "last_products" in parts else frozenset()
+    if "norms_and_gates" in parts:
+        replace_norms_and_gates(network, on_gpu)
     if "products" in parts:
-        join_products(network, unread, dtype, on_gpu)
+        join_products(network, last_products, dtype, on_gpu)
     if "entropy" in parts and has_triton(device.type) and output is not None:
         from adaptkit.training.fast import gpu_entropy
 

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adaptkit.models.attention import asks_for_more, replace_attention
 from adaptkit.models.fakes import is_fake, real_tensors
 from adaptkit.training.fast.attention_gpu import attend_on_gpu
+from adaptkit.training.fast.attention_spans import Spans, causal_spans, mask_spans
 from adaptkit.training.fast.cpu_attention import gradients, softmax
-from adaptkit.training.fast.spans import Spans, causal_spans, mask_spans
 
 NAME = "adaptkit"
 """Name in transformers' registry of attention functions."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptkit.training.fast.spans import packed_lengths
+from adaptkit.training.fast.attention_spans import packed_lengths
 
 _TOKENS_APART = 128
 """Samples are attended to apart if they are at least this long on average: every one takes a launch per pass."""

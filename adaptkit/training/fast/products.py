@@ -8,8 +8,8 @@ The first layer that is called computes the results of all, and the others take 
 differ, each computes its own. Against the plain layers of ``network.linear``:
 
     launches   on a GPU, A and B are cast to the compute dtype all at once before each pass of the network
-    memory     the input is not saved if it can be made again, see ``remade``
-    work       a recomputed layer leaves out results that nothing reads, see ``unread``
+    memory     the input is not saved if it can be made again, see ``norms_and_gates``
+    work       a recomputed layer leaves out results that nothing reads, see ``last_products``
 """
 
 import weakref
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.training.fast.remade import source_of
+from adaptkit.training.fast.norms_and_gates import source_of
 from adaptkit.training.memory.segments import is_recomputing
 from adaptkit.training.network.linear import LoraLinear
 
@@ -29,14 +29,14 @@ _ALIGNED = 64
 """Each matrix begins at a multiple of this many elements, since matrix products read sixteen bytes at a time."""
 
 
-def join_products(network: Any, unread: frozenset[LoraLinear], dtype: torch.dtype, on_gpu: bool) -> None:
-    """Replace the products of a network's layers that have an adapter, but no DoRA, or whose result is unread.
+def join_products(network: Any, last_products: frozenset[LoraLinear], dtype: torch.dtype, on_gpu: bool) -> None:
+    """Replace the products of a network's layers that have an adapter, but no DoRA, or that are last products.
 
     The network runs once, on two tokens, to see which layers read the same input.
 
     Args:
         network: transformers model with its adapter, before its layers are checkpointed or sharded.
-        unread: layers whose result a recomputed layer leaves out.
+        last_products: layers whose result a recomputed layer leaves out.
         dtype: compute dtype.
         on_gpu: whether it will run on a GPU.
     """
@@ -45,10 +45,10 @@ def join_products(network: Any, unread: frozenset[LoraLinear], dtype: torch.dtyp
     adapted = [layer for layer in layers if layer.lora_a is not None]
     together = _called_together(network, [layer for layer in adapted if not layer.dropout])
     for members in (*together, *([layer] for layer in adapted if layer.dropout)):
-        groups.append(_Group(members, unread))
+        groups.append(_Group(members, last_products))
         for index, layer in enumerate(members):
             _set_product(layer, groups[-1].product_of(index))
-    for layer in unread.difference(adapted).intersection(layers):
+    for layer in last_products.difference(adapted).intersection(layers):
         _set_product(layer, _skipping(weakref.ref(layer)))
 
     def begin(*_: Any) -> None:
@@ -104,13 +104,13 @@ class _Group:
         narrow_b: every B in the compute dtype.
     """
 
-    def __init__(self, layers: Sequence[LoraLinear], unread: frozenset[LoraLinear]) -> None:
+    def __init__(self, layers: Sequence[LoraLinear], last_products: frozenset[LoraLinear]) -> None:
         self._layers: list[Any] = [weakref.ref(layer) for layer in layers]  # each of which holds this
         self.a, self.b = ([getattr(layer, name) for layer in layers] for name in ("lora_a", "lora_b"))
         self.scales = [layer.scaling for layer in layers]
         self.narrow_a: Tensor | None = None
         self.narrow_b: Sequence[Tensor] = ()
-        self._is_unread = unread.issuperset(layers)
+        self._is_last = last_products.issuperset(layers)
         self.weights = [layer.base for layer in layers]
         self.begin()
 
@@ -147,7 +147,7 @@ class _Group:
     @property
     def skips(self) -> bool:
         """Whether nothing reads the results now."""
-        return self._is_unread and is_recomputing()
+        return self._is_last and is_recomputing()
 
     def cast_a(self, dtype: torch.dtype) -> Tensor:
         """Return all A concatenated along rows, (sum of ranks, in)."""
@@ -222,7 +222,7 @@ def _added(factor: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | N
 
 
 def _skipping(layer: Any) -> Callable[[Tensor], Tensor]:
-    """Return the product of a layer without an adapter whose result is unread."""
+    """Return the product of a layer without an adapter that is a last product."""
     plain = LoraLinear.multiply
 
     def multiply(x: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from adaptkit.data.batches import Batch, Row
     from adaptkit.data.dataset import Dataset
     from adaptkit.data.encoding import Sample
-    from adaptkit.training.config import TrainConfig
     from adaptkit.training.network.model import Model
 
 _DEFAULT = "sft"
@@ -35,14 +34,14 @@ class TrainingMethod(ABC):
     """A training method, with the settings of a run.
 
     Attributes:
-        config: settings of the run.
+        config: settings of the run, a ``TrainConfig``, which imports this module.
         settings: a frozen dataclass of keyword-only settings with defaults, each ``after`` another setting of a run;
             they are options of ``train``, keys of its file and fields of ``TrainConfig``.
         unit: what the loss is a mean over; the name of their number among the metrics.
         sequences: number of rows in a batch that a row of samples becomes.
     """
 
-    config: "TrainConfig"
+    config: Any
     settings: ClassVar[type[Settings]]
     unit: ClassVar[str]
     sequences: ClassVar[int] = 1

@@ -124,12 +124,12 @@ class _FixedBody(InPlaceOf):
         """Return the hidden states, whatever the arguments."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        class Output(BaseModelOutputWithPast):  # type: ignore[misc]
+        class _BodyOutput(BaseModelOutputWithPast):  # type: ignore[misc]
             def __getattr__(self, name: str) -> None:  # other outputs of some bodies, such as router logits: None
                 if name.startswith("__"):
                     raise AttributeError(name)
 
-        return Output(last_hidden_state=self.hidden)
+        return _BodyOutput(last_hidden_state=self.hidden)
 
 
 class _Loss(torch.autograd.Function):

@@ -73,8 +73,8 @@ def active(model):
     signs = {
         "attention": model.network.config._attn_implementation != "sdpa",
         "tables": "weight" not in model.network.get_input_embeddings()._parameters,
-        "unread": "multiply" in vars(layer.mlp.down_proj),
-        "remade": "forward" in vars(layer.input_layernorm) and "forward" in vars(layer.mlp),
+        "last_products": "multiply" in vars(layer.mlp.down_proj),
+        "norms_and_gates": "forward" in vars(layer.input_layernorm) and "forward" in vars(layer.mlp),
         "products": "multiply" in vars(layer.self_attn.q_proj),
         "entropy": model.output_layer.cross_entropy is not cross_entropy,
     }
@@ -97,7 +97,7 @@ def on_a_gpu(made, monkeypatch):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_exactly_what_is_named_is_left_out(part, on_a_gpu):
-    left = {part, "unread"} if part == "products" else {part}  # products are what recomputation leaves out
+    left = {part, "last_products"} if part == "products" else {part}  # products are what recomputation leaves out
     assert active(accelerated(on_a_gpu(), GPU, without=frozenset({part}))) == set(PARTS) - left
 
 
@@ -113,5 +113,5 @@ def test_all_is_used_unless_the_base_is_sharded(on_a_gpu):
 )
 def test_a_cpu_and_an_evaluation_use_fewer_parts(options, made):
     model = accelerated(load_adapted(packed_in(made, "llama"), targets=("*q_proj",)), **options)
-    expected = {"attention", "products", *(() if "trains" in options else ("unread", "remade"))}
+    expected = {"attention", "products", *(() if "trains" in options else ("last_products", "norms_and_gates"))}
     assert active(model) == expected

@@ -9,7 +9,7 @@ from attention_formula import formula
 
 from adaptkit.training.fast import attention, spans
 from adaptkit.training.fast.attention import attend, use_own_attention
-from adaptkit.training.fast.spans import Spans, causal_spans, mask_spans
+from adaptkit.training.fast.attention_spans import Spans, causal_spans, mask_spans
 from adaptkit.training.network.model import load_model
 
 

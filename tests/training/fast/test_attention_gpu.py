@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from adaptkit.training.fast import attention_gpu
 from adaptkit.training.fast.attention_gpu import attend_on_gpu
-from adaptkit.training.fast.spans import packed_lengths
+from adaptkit.training.fast.attention_spans import packed_lengths
 
 
 def packed(*rows):

@@ -8,7 +8,7 @@ import torch
 from adapted import load_adapted, packed_in
 
 from adaptkit.training.fast import accelerate, cpu_layers
-from adaptkit.training.fast.unread import unread_layers
+from adaptkit.training.fast.last_products import find_last_products
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.new_adapters import AdapterShape, new_stack_adapters
 
@@ -34,9 +34,9 @@ def fast(model, policy="none"):
     return model
 
 
-def unread(model):
+def last_products(model):
     """Return the paths of the linear layers that recomputation leaves out."""
-    found = unread_layers(model.network)
+    found = find_last_products(model.network)
     return [path for path, module in model.network.named_modules() if module in found]
 
 
@@ -65,7 +65,7 @@ def gradients(model, ids=IDS):
 def test_the_layers_to_skip_are_those_whose_result_is_added_last(folder, name, ends):
     model = ready(folder(name))
     layers = model.network.config.get_text_config().num_hidden_layers
-    assert [".".join(path.split(".")[-2:]) for path in unread(model)] == ends * layers
+    assert [".".join(path.split(".")[-2:]) for path in last_products(model)] == ends * layers
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -107,7 +107,7 @@ def test_layers_that_do_not_run_in_the_probe_are_not_skipped(folder):
     for layer in model.network.model.layers:
         forward = layer.mlp.forward
         layer.mlp.forward = lambda x, forward=forward: forward(x) if x.shape[1] > 2 else x
-    assert not unread(model)
+    assert not last_products(model)
 
 
 SPARSE = {
@@ -129,7 +129,7 @@ def test_results_that_matter_only_for_more_tokens_than_the_probes_are_not_skippe
     monkeypatch.setitem(tiny.ARCHITECTURES, name, USUAL | SPARSE[name])
     base = tiny.write_architecture(tmp_path / name, name)
     ids = torch.arange(2 * 150).remainder(190).add(3).view(2, 150)
-    assert not [path for path in unread(ready(base)) if "down_proj" not in path]
+    assert not [path for path in last_products(ready(base)) if "down_proj" not in path]
     expected = gradients(fast(ready(base)), ids)
     for one, two in zip(gradients(fast(ready(base), "layer"), ids), expected, strict=True):
         assert one is two is None or torch.equal(one, two)
@@ -142,7 +142,7 @@ def test_gradients_of_trained_tensors_that_a_layer_is_given_are_compared_too(fol
     for layer in model.network.model.layers:
         layer.forward = scaled(layer)
         layer.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"scale": 2 * scale}), with_kwargs=True)
-    assert not unread(model)
+    assert not last_products(model)
 
 
 def scaled(layer):
@@ -163,7 +163,7 @@ def test_a_result_that_is_added_and_read_by_something_else_too_is_not_left_out(f
     model = ready(folder("llama"))
     for layer in model.network.model.layers:
         layer.mlp.forward = added_to_its_tanh(layer.mlp.forward)
-    assert not unread(model)
+    assert not last_products(model)
 
 
 def added_to_its_tanh(forward):
@@ -179,10 +179,10 @@ def test_layers_with_different_trained_parameters_are_probed_separately(folder):
     for number, layer in enumerate(model.network.model.layers):
         layer.gamma = torch.nn.Parameter(torch.ones(64), requires_grad=number == 1)
         layer.mlp.forward = scaled_by(layer.gamma, layer.mlp.forward)
-    assert unread(model) == ["model.layers.0.mlp.down_proj"]
+    assert last_products(model) == ["model.layers.0.mlp.down_proj"]
     first, second = model.network.model.layers
     first.mlp.down_proj = second.mlp.down_proj  # skip a shared linear layer only if no layer needs it
-    assert not unread(model)
+    assert not last_products(model)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -194,7 +194,7 @@ def test_probing_leaves_the_model_and_the_random_state_unchanged_and_computes_no
             parameter.register_hook(lambda _: computed.append(1))
     model.network.eval()
     before = torch.get_rng_state()
-    unread_layers(model.network)
+    find_last_products(model.network)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(module.training for module in model.network.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.network.modules())
@@ -203,12 +203,12 @@ def test_probing_leaves_the_model_and_the_random_state_unchanged_and_computes_no
 
 
 def test_a_network_without_a_stack_of_layers_has_none():
-    assert unread_layers(torch.nn.Linear(2, 2)) == frozenset()
+    assert find_last_products(torch.nn.Linear(2, 2)) == frozenset()
 
 
 def test_layers_with_dora_are_not_skipped(folder):
     model = ready(folder("llama"), dora=True)
-    assert not unread(model)
+    assert not last_products(model)
 
 
 class Bounded(torch.nn.Module):
@@ -227,4 +227,4 @@ def test_a_result_with_a_bound_is_not_skipped_even_if_no_value_reaches_it(folder
     model = ready(folder("llama"))
     for layer in model.network.model.layers:
         layer.mlp.forward = Bounded(layer.mlp.forward, bound).forward
-    assert not unread(model)
+    assert not last_products(model)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Defer SIGINT and SIGTERM while the block runs, and pause the interval timer; then raise the first signal.
 
     Does nothing outside of the main thread, where Python handles no signals.

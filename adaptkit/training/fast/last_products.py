@@ -27,7 +27,7 @@ from adaptkit.training.network.probing import as_in_training
 _SUM, _PRODUCT = "AddBackward0", "_FrozenProductBackward"
 
 
-def unread_layers(network: Any) -> frozenset[LoraLinear]:
+def find_last_products(network: Any) -> frozenset[LoraLinear]:
     """Return the linear layers whose results a recomputed layer can leave out.
 
     The network runs once, on two tokens; of each kind of layer the first is examined.

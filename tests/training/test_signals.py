@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from adaptkit.training.uninterrupted import uninterrupted
+from adaptkit.training.signals import signals_deferred
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -21,7 +21,7 @@ def test_a_signal_arrives_after_the_block(number):
         raise Stopped
 
     def work():
-        with uninterrupted():
+        with signals_deferred():
             os.kill(os.getpid(), number)
             done.append(True)
 
@@ -31,7 +31,7 @@ def test_a_signal_arrives_after_the_block(number):
             work()
         assert done
         assert signal.getsignal(number) is stop
-        with uninterrupted():
+        with signals_deferred():
             pass  # no signal is left
     finally:
         signal.signal(number, before)
@@ -42,7 +42,7 @@ def test_an_interval_timer_is_paused_during_the_block():
     before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with uninterrupted():
+        with signals_deferred():
             time.sleep(0.5)
             assert not rang
         time.sleep(0.5)
@@ -55,18 +55,18 @@ def test_an_interval_timer_is_paused_during_the_block():
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with uninterrupted():
+        with signals_deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_uninterrupted_works_in_other_threads():
+def test_deferring_works_in_other_threads():
     done = []
 
     def work():
-        with uninterrupted():
+        with signals_deferred():
             done.append(True)
 
     thread = threading.Thread(target=work)

@@ -26,7 +26,7 @@ _SOURCE = "_adaptkit_source"
 Make = Callable[..., Tensor]
 
 
-def remake_results(network: nn.Module, on_gpu: bool) -> None:
+def replace_norms_and_gates(network: nn.Module, on_gpu: bool) -> None:
     """Replace the forward passes of a model's gates, and of its norms with frozen weights.
 
     Args:

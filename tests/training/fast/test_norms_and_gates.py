@@ -8,9 +8,9 @@ from adapted import IDS, load_adapted, logits_and_gradients, plain_in
 from torch import nn
 from torch.nn import functional
 
-from adaptkit.training.fast import products, remade
+from adaptkit.training.fast import norms_and_gates, products
+from adaptkit.training.fast.norms_and_gates import replace_norms_and_gates, source_of
 from adaptkit.training.fast.products import join_products
-from adaptkit.training.fast.remade import remake_results, source_of
 
 REPLACED = {"llama": (5, 2), "qwen3": (9, 2), "gemma": (5, 2), "phi": (0, 0), "mixtral": (5, 0)}
 """Numbers of replaced norms and gates: qwen3 norms queries and keys, phi has neither, mixtral has expert stacks."""
@@ -40,7 +40,7 @@ def test_results_and_gradients_stay_the_same(family, on_gpu, made):
     """For a GPU that is torch's norm, which runs anywhere."""
     model = loaded(made, family)
     before = logits_and_gradients(model.network)
-    remake_results(model.network, on_gpu)
+    replace_norms_and_gates(model.network, on_gpu)
     assert replaced(model.network) == (ON_GPU if on_gpu else REPLACED)[family]
     for one, two in zip(logits_and_gradients(model.network), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
@@ -55,7 +55,7 @@ def test_gradients_in_bfloat16_are_as_accurate_as_before(made):
         return sum(float((one.float() - two).norm() ** 2) for one, two in pairs) ** 0.5
 
     before = error(logits_and_gradients(model.network))
-    remake_results(model.network, False)
+    replace_norms_and_gates(model.network, False)
     assert error(logits_and_gradients(model.network)) < 1.1 * before
 
 
@@ -63,7 +63,7 @@ def test_gradients_in_bfloat16_are_as_accurate_as_before(made):
 def test_a_norm_that_is_trained_is_left_alone(on_gpu, made):
     model = loaded(made, "llama")
     model.network.model.norm.weight.requires_grad_()
-    remake_results(model.network, on_gpu)
+    replace_norms_and_gates(model.network, on_gpu)
     assert replaced(model.network) == (4, 2)
     assert logits_and_gradients(model.network)[-1].abs().max() > 0
 
@@ -83,7 +83,7 @@ def test_less_is_saved_for_the_backward_pass(made):
 
     model = loaded(made, "llama", torch.bfloat16)
     before = kept(model.network)
-    remake_results(model.network, False)
+    replace_norms_and_gates(model.network, False)
     assert kept(model.network) < 0.8 * before
     join_products(model.network, frozenset(), torch.bfloat16, False)
     assert kept(model.network) < 0.6 * before
@@ -92,7 +92,7 @@ def test_less_is_saved_for_the_backward_pass(made):
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_products_keep_no_output_of_a_norm_on_a_cpu_or_of_a_gate(on_gpu, made):
     model, norms, gates = loaded(made, "llama"), [], []
-    remake_results(model.network, on_gpu)
+    replace_norms_and_gates(model.network, on_gpu)
     join_products(model.network, frozenset(), torch.float32, on_gpu)
     for name, module in model.network.named_modules():
         if name.endswith("layernorm"):
@@ -108,7 +108,7 @@ def test_products_keep_no_output_of_a_norm_on_a_cpu_or_of_a_gate(on_gpu, made):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_bit_identical_to_those_of_products_that_save_their_inputs(dtype, made, monkeypatch):
     model = loaded(made, "llama", dtype)
-    remake_results(model.network, False)
+    replace_norms_and_gates(model.network, False)
     join_products(model.network, frozenset(), dtype, False)
     found = logits_and_gradients(model.network)
     monkeypatch.setattr(products, "source_of", lambda x: (None, (x,)))
@@ -118,7 +118,7 @@ def test_gradients_are_bit_identical_to_those_of_products_that_save_their_inputs
 def test_a_tensor_is_saved_itself_if_it_or_its_input_was_modified_or_nothing_says_how_to_make_it():
     def made():
         x = torch.randn(3, requires_grad=True) * 1.0
-        return x, remade._kept(lambda x: remade._Remade.apply(torch.exp, x), torch.exp, x)
+        return x, norms_and_gates._kept(lambda x: norms_and_gates._Remade.apply(torch.exp, x), torch.exp, x)
 
     x, y = made()
     make, inputs = source_of(y)
@@ -136,7 +136,7 @@ def test_a_tensor_is_saved_itself_if_it_or_its_input_was_modified_or_nothing_say
 
 def test_no_source_is_attached_if_no_gradients_are_recorded(made):
     model, seen = loaded(made, "llama"), []
-    remake_results(model.network, False)
+    replace_norms_and_gates(model.network, False)
     for name, module in model.linears.items():
         if name.endswith(("q_proj", "down_proj")):
             module.register_forward_pre_hook(lambda _, args: seen.append(source_of(args[0])[0]))
@@ -170,7 +170,7 @@ def test_a_module_that_only_looks_like_a_norm_keeps_its_formula(kind):
         network, x = nn.Sequential(kind()), torch.randn(2, 3, 4, 8, requires_grad=True)
         before = network(x)
         expected = torch.autograd.grad(before.exp().sum(), x)[0]
-        remake_results(network, on_gpu)
+        replace_norms_and_gates(network, on_gpu)
         after = network(x)
         assert torch.equal(after, before)
         torch.testing.assert_close(torch.autograd.grad(after.exp().sum(), x)[0], expected)
@@ -190,14 +190,14 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_norm_with_a_gate_is_left_alone(on_gpu):
     network = nn.Sequential(Gated())
-    remake_results(network, on_gpu)
+    replace_norms_and_gates(network, on_gpu)
     assert "forward" not in vars(network[0])
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_the_output_of_a_norm_may_be_modified_in_place(on_gpu, made):
     model = loaded(made, "llama")
-    remake_results(model.network, on_gpu)
+    replace_norms_and_gates(model.network, on_gpu)
     norm = model.network.model.norm
     x = torch.randn(2, 3, 64, requires_grad=True)
     found = [torch.autograd.grad(y.square().sum(), x)[0] for y in (norm(x).mul_(2.0), norm(x) * 2.0)]
@@ -218,7 +218,7 @@ def test_a_gated_layer_with_dropout_on_its_output_is_left_alone(made):
 
     first.__class__ = Dropping
     before, modes = torch.get_rng_state(), [m.training for m in model.network.modules()]
-    remake_results(model.network, False)
+    replace_norms_and_gates(model.network, False)
     assert "forward" not in vars(first)
     assert "forward" in vars(second)
     assert torch.equal(torch.get_rng_state(), before)
@@ -254,7 +254,7 @@ FORMULAS = {
 def test_only_gates_with_the_known_formula_are_replaced(formula, is_known, made):
     layer = next(m for m in loaded(made, "llama").network.modules() if type(m).__name__ == "LlamaMLP")
     network = nn.Sequential(OtherGate(layer, formula))
-    remake_results(network, False)
+    replace_norms_and_gates(network, False)
     assert ("forward" in vars(network[0])) == is_known
     assert network[0].up_proj is layer.up_proj
 
@@ -264,5 +264,5 @@ def test_recognizing_a_gate_decodes_no_weight(made):
     layer = next(m for m in loaded(made, "llama").network.modules() if type(m).__name__ == "LlamaMLP")
     for name in ("gate_proj", "up_proj", "down_proj"):
         getattr(layer, name).multiply = None
-    remake_results(layer, False)
+    replace_norms_and_gates(layer, False)
     assert "forward" in vars(layer)
