@@ -25,17 +25,16 @@ from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError, install_hint
 from adaptkit.models.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data_report import report_data
 from adaptkit.training.device import deterministic, without_cudnn_attention
 from adaptkit.training.distributed import World, join
-from adaptkit.training.dry_run import RunPlan, plan_run
+from adaptkit.training.dry_run import plan_run
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.identity import as_recorded, check_same_inputs, record_identity
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
 from adaptkit.training.picture import can_draw, draw
 from adaptkit.training.preparation import checkpoint_bytes
-from adaptkit.training.report import StepProgress, TrainReport
+from adaptkit.training.report import RunPlan, StepProgress, TrainReport, summarize
 from adaptkit.training.result import write_result
 from adaptkit.training.resume import (
     check_not_finished,
@@ -209,21 +208,13 @@ def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> Non
 def _report(output: Path, inputs: Inputs, run: Run, kept: int, manifest: Manifest) -> TrainReport:
     held_out = run.history.held_out
     return TrainReport(
-        output=str(output),
+        **summarize(output, inputs, run.batches, run.trainable, run.activations),
         steps=run.done,
         kept_step=kept,
         skipped=sum("skipped" in line for line in run.history.lines()),
         resumed_from=run.resumed_from,
-        trainable_parameters=run.trainable.values.numel(),
-        samples=len(inputs.samples),
-        truncated=inputs.data.truncated,
-        dropped=inputs.data.dropped,
-        data=report_data(inputs, run.batches),
         held_out_before=held_out.get(0),
         held_out_after=held_out.get(kept),
-        segments=run.activations.checkpointing.segments,
-        checkpointing=str(run.activations.checkpointing),
-        compute_dtype=inputs.config.compute_dtype,
         memory=run.memory(),
         paging=run.optimizer.state.pages.metrics(),
         tokens_per_second=run.tokens_per_second,

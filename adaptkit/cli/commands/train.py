@@ -18,9 +18,8 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.product_cache import limit_product_cache
 
 if TYPE_CHECKING:
-    from adaptkit.training.dry_run import RunPlan
     from adaptkit.training.preview import Preview
-    from adaptkit.training.report import TrainReport
+    from adaptkit.training.report import RunPlan, TrainReport
 
 
 @click.command(cls=InSections)

@@ -112,15 +112,11 @@ def compare(
     if not bases:
         raise UsageError("no model to evaluate", hint="give --base FOLDER")
     subjects = _subjects(bases, [read_own(adapter) for adapter in adapters], bool(options.shots))
-    plain = replace(options, shots=0, shots_from=())
     asked = list(dict.fromkeys(subject.asked for subject in subjects))
+    plain, plainly = replace(options, shots=0, shots_from=()), [Asked(base) for base in bases]
     materials = dict(zip(asked, read_material(asked, data, text, plain, reference), strict=True))
-    plainly = [Asked(base) for base in bases]
-    examples = (
-        dict(zip(plainly, read_material(plainly, data, (), options, others=asked), strict=True))
-        if options.shots
-        else {}
-    )
+    shown = read_material(plainly, data, (), options, others=asked) if options.shots else ()
+    examples = dict(zip(plainly, shown, strict=False))
     for folder in dict.fromkeys([*bases, *filter(None, [reference])]):
         check_files(folder)
     other = load(reference, options) if reference is not None else None
