@@ -7,7 +7,7 @@ import transformers
 from adapted import plain_in
 from attention_formula import formula
 
-from adaptkit.training.fast import attention, spans
+from adaptkit.training.fast import attention, attention_spans
 from adaptkit.training.fast.attention import attend, use_own_attention
 from adaptkit.training.fast.attention_spans import Spans, causal_spans, mask_spans
 from adaptkit.training.network.model import load_model
@@ -41,8 +41,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length", [1, 9, 40])
 def test_result_and_gradients_agree_with_the_formula(case, length, heads, key_heads, dim, value_dim, monkeypatch):
-    monkeypatch.setattr(spans, "ATTENTION_ROWS", 16)
-    monkeypatch.setattr(spans, "ATTENTION_SCORES", 700)
+    monkeypatch.setattr(attention_spans, "ATTENTION_ROWS", 16)
+    monkeypatch.setattr(attention_spans, "ATTENTION_SCORES", 700)
     generator = torch.Generator().manual_seed(length)
     runs = CASES[case](length, generator)
     sizes = ((2, heads, length, dim), (2, key_heads, length, dim), (2, key_heads, length, value_dim))
