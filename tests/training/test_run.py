@@ -79,7 +79,7 @@ def gradient_of(config, tmp_path_factory):
     return gradient
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("size", [1, 3])
 def test_any_micro_batch_size_gives_the_same_loss_and_gradient(gradient_of, size):
     """Samples differ in length, so a mean over micro-batches instead of tokens would show."""
     whole_loss, whole = gradient_of(None)
@@ -262,38 +262,6 @@ def test_the_best_and_the_last_adapter_are_published(stopped, overshooting, tmp_
     kept = train(replace(overshooting, keep="last"), tmp_path / "kept", note=lambda text: None)
     assert kept.tensors_root == last.tensors_root
     assert require_manifest(tmp_path / "kept" / "best").tensors_root == best.tensors_root
-
-
-class FullDevice(torch.Tensor):
-    """Values on a device without memory for a second copy of them."""
-
-    def clone(self, *arguments, **named):
-        raise torch.OutOfMemoryError
-
-    def to(self, device, copy):
-        assert (device, copy) == ("cpu", True)
-        FullDevice.copies += 1
-        return super().to(device, copy=True)
-
-    copies = 0
-
-
-@pytest.mark.parametrize(("keep", "beside", "copies"), [("best", "last", 0), ("last", "best", 1)])
-def test_trained_values_are_not_copied_on_a_full_device(
-    stopped, overshooting, tmp_path, monkeypatch, keep, beside, copies
-):
-    class Ending(loop.Run):
-        def chosen(self):
-            self.trainable = replace(self.trainable, values=self.trainable.values.as_subclass(FullDevice))
-            return super().chosen()
-
-    monkeypatch.setattr(loop, "Run", Ending)
-    monkeypatch.setattr(FullDevice, "copies", 0)
-    report = train(replace(overshooting, keep=keep), tmp_path / "adapter", note=lambda text: None)
-    written = {keep: report.tensors_root, beside: require_manifest(tmp_path / "adapter" / beside).tensors_root}
-    folder, plain = stopped
-    assert written == {"best": plain.tensors_root, "last": require_manifest(folder / "last").tensors_root}
-    assert FullDevice.copies == copies
 
 
 def test_a_run_interrupted_after_every_step_gives_the_same_result(stopped, overshooting, tmp_path):
@@ -581,14 +549,6 @@ def test_a_plan_resumes_from_the_same_checkpoint_as_the_run(config, run_cli, tmp
     assert train(saving, output, note=lambda text: None).resumed_from == 2
 
 
-def test_a_plan_starts_over_if_every_checkpoint_is_damaged(config, run_cli, tmp_path):
-    stop_after(config, tmp_path / "adapter", 2)
-    (state,) = (tmp_path / "adapter.partial").glob("checkpoint-*/state.safetensors")
-    state.unlink()
-    assert plan_run(config, tmp_path / "adapter").resumed_from == 0
-    assert "resumes from" not in run_cli(*command(config, tmp_path / "adapter", "--dry-run")).stdout
-
-
 @pytest.mark.parametrize("settings", [{}, {"eval_every": 1}])
 def test_a_plan_predicts_the_size_of_a_checkpoint(settings, config, tmp_path):
     config = replace(config, learning_rate=1.0, **settings)  # too high: the best parameters are not the last
@@ -791,12 +751,11 @@ def test_options_that_do_not_affect_the_result_may_change_on_resuming(config, tm
     assert (report.resumed_from, report.tensors_root) == (3, whole.tensors_root)
 
 
-@pytest.mark.parametrize("mode", ["default", "warn", "error"])
-def test_deterministic_refuses_nondeterministic_operations_and_restores_the_mode(mode):
+def test_deterministic_refuses_nondeterministic_operations_and_restores_the_mode():
     pooled, places = torch.nn.functional.max_pool2d(torch.rand(1, 1, 4, 4), 2, return_indices=True)
     before = torch.get_deterministic_debug_mode()
     try:
-        torch.set_deterministic_debug_mode(mode)
+        torch.set_deterministic_debug_mode("warn")
         asked = torch.get_deterministic_debug_mode()
         with deterministic(True):
             assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -837,6 +796,7 @@ def test_if_every_checkpoint_is_damaged_resume_fails_and_a_plain_run_starts_over
     state.write_bytes(state.read_bytes()[:-1] + b"\xff")
     with pytest.raises(UsageError, match="no checkpoint to resume from"):
         train(config, tmp_path / "adapter", resume=True)
+    assert plan_run(config, tmp_path / "adapter").resumed_from == 0
     notes = []
     assert train(config, tmp_path / "adapter", note=notes.append).resumed_from == 0
     assert [note for note in notes if "checkpoint-2 is damaged" in note and note.endswith("starts over")]

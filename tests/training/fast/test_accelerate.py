@@ -27,9 +27,8 @@ def near(found, expected):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
-@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "device"), zip(FAMILIES, (CPU, GPU, CPU, GPU, CPU), strict=True), ids=str)
 def test_logits_and_gradients_are_those_of_the_plain_network(family, dropout, device, made):
     folder = packed_in(made, family)
     expected = logits_and_gradients(load_adapted(folder, dropout=dropout).network)
@@ -50,9 +49,14 @@ def trained_step(model, policy):
     return [loss.detach(), *(parameter.grad - 1 for parameter in trained)]
 
 
-@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
-@pytest.mark.parametrize("part", [None, *PARTS])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "part", "device"),
+    [
+        *((family, None, device) for family in FAMILIES for device in (CPU, GPU)),
+        *zip((*FAMILIES, "llama"), PARTS, (CPU, GPU) * 3, strict=True),
+    ],
+    ids=str,
+)
 def test_a_step_with_checkpointed_layers_is_the_plain_one_whatever_is_left_out(family, part, device, made):
     folder, without = packed_in(made, family), frozenset({part} - {None})
     without |= {"entropy"} if device == GPU else set()  # a kernel: see test_gpu_entropy

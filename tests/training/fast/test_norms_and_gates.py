@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from adapted import IDS, load_adapted, logits_and_gradients, plain_in
+from adapted import load_adapted, logits_and_gradients, plain_in
 from torch import nn
 from torch.nn import functional
 
@@ -68,27 +68,6 @@ def test_a_norm_that_is_trained_is_left_alone(on_gpu, made):
     assert logits_and_gradients(model.network)[-1].abs().max() > 0
 
 
-def test_less_is_saved_for_the_backward_pass(made):
-    def kept(network):
-        known = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-        storages = {}
-
-        def note(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            network(input_ids=torch.arange(64)[None], use_cache=False)
-        return sum(size for place, (size, _) in storages.items() if place not in known)
-
-    model = loaded(made, "llama", torch.bfloat16)
-    before = kept(model.network)
-    replace_norms_and_gates(model.network, False)
-    assert kept(model.network) < 0.8 * before
-    join_products(model.network, frozenset(), torch.bfloat16, False)
-    assert kept(model.network) < 0.6 * before
-
-
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_products_keep_no_output_of_a_norm_on_a_cpu_or_of_a_gate(on_gpu, made):
     model, norms, gates = loaded(made, "llama"), [], []
@@ -132,17 +111,6 @@ def test_a_tensor_is_saved_itself_if_it_or_its_input_was_modified_or_nothing_say
     with torch.no_grad():
         x, y = made()
     assert source_of(y) == (None, (y,))
-
-
-def test_no_source_is_attached_if_no_gradients_are_recorded(made):
-    model, seen = loaded(made, "llama"), []
-    replace_norms_and_gates(model.network, False)
-    for name, module in model.linears.items():
-        if name.endswith(("q_proj", "down_proj")):
-            module.register_forward_pre_hook(lambda _, args: seen.append(source_of(args[0])[0]))
-    with torch.no_grad():
-        model.network(input_ids=IDS, use_cache=False)
-    assert seen == [None] * 4
 
 
 class Other(nn.Module):
@@ -257,12 +225,3 @@ def test_only_gates_with_the_known_formula_are_replaced(formula, is_known, made)
     replace_norms_and_gates(network, False)
     assert ("forward" in vars(network[0])) == is_known
     assert network[0].up_proj is layer.up_proj
-
-
-def test_recognizing_a_gate_decodes_no_weight(made):
-    """For a large model, decoding in float32 would take longer than a training step."""
-    layer = next(m for m in loaded(made, "llama").network.modules() if type(m).__name__ == "LlamaMLP")
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        getattr(layer, name).multiply = None
-    replace_norms_and_gates(layer, False)
-    assert "forward" in vars(layer)

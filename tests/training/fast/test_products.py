@@ -5,29 +5,21 @@
 
 import gc
 import weakref
-from collections import Counter
 from types import MethodType, SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from adapted import IDS, load_adapted, logits_and_gradients, packed_in
-from interrupted import stop_after
 from packing import decode, encode
 from torch import nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.data.batches import Batch
 from adaptkit.formats._format import Encoding
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import TensorSpec
-from adaptkit.training import preparation
-from adaptkit.training.config import TrainConfig
 from adaptkit.training.fast import products
 from adaptkit.training.fast.products import join_products
-from adaptkit.training.loop import train
-from adaptkit.training.memory.activations import layer_sizes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.frozen import PackedWeight
@@ -44,11 +36,6 @@ GROUPS = {
 }
 """Layers of a block that read the same input; qwen2's and phi's have biases, gpt2's are Conv1D."""
 RANKS = {"llama": {"q_proj": 3, "up_proj": 6}, "qwen2": {"k_proj": 30}, "phi": {"v_proj": 1}, "gpt2": {"c_fc": 3}}
-
-
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def on_gpu(request):
-    return request.param
 
 
 @pytest.fixture
@@ -91,17 +78,17 @@ def trained(network):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", GROUPS)
-def test_results_and_gradients_are_those_of_the_plain_layers(join, on_gpu, family, dropout, made):
+def test_results_and_gradients_are_those_of_the_plain_layers(join, family, dropout, made):
     model = loaded(made, family, dropout=dropout)
     before = logits_and_gradients(model.network)
-    join(model.network, on_gpu)
+    join(model.network, False)
     near(logits_and_gradients(model.network), before)
 
 
 @pytest.mark.parametrize("family", GROUPS)
-def test_layers_that_read_the_same_input_are_one_product(join, on_gpu, family, made, monkeypatch):
+def test_layers_that_read_the_same_input_are_one_product(join, family, made, monkeypatch):
     model, seen, product = loaded(made, family), [], products._Product
-    join(model.network, on_gpu)
+    join(model.network, False)
     names = {id(layer.lora_a): name.rpartition(".")[2] for name, layer in model.adapted().items()}
 
     def apply(x, dropped, group, *factors):
@@ -113,10 +100,10 @@ def test_layers_that_read_the_same_input_are_one_product(join, on_gpu, family, m
     assert seen == GROUPS[family] * 2
 
 
-def test_results_that_a_failed_pass_left_are_dropped_before_the_next_one(join, on_gpu, made):
+def test_results_that_a_failed_pass_left_are_dropped_before_the_next_one(join, made):
     """Otherwise their memory would be missing when a batch is retried after running out of memory."""
     model, kept, alive = loaded(made, "llama"), [], []
-    join(model.network, on_gpu)
+    join(model.network, False)
     layers = model.network.model.layers
     layers[0].register_forward_hook(lambda layer, given, output: kept.append(weakref.ref(output)))
 
@@ -156,8 +143,8 @@ def as_peft(layer, x):
     return product + layer.scaling * (x @ layer.lora_a.to(x.dtype).T) @ layer.lora_b.to(x.dtype).T
 
 
-@pytest.mark.parametrize("how", [None, False, True], ids=["plain", "cpu", "gpu"])
-def test_a_small_change_is_not_lost_to_rounding(join, how, made):
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_a_small_change_is_not_lost_to_rounding(join, is_joined, made):
     """PEFT adds it to the rounded product, where a large part is lost."""
     model = loaded(made, "llama", BFLOAT16)
     layers = list(model.adapted().values())
@@ -166,15 +153,14 @@ def test_a_small_change_is_not_lost_to_rounding(join, how, made):
     inputs = {64: torch.randn(2000, 64).bfloat16(), 128: torch.randn(2000, 128).bfloat16()}
     xs = [inputs[layer.base.shape[1]] for layer in layers]
     assert effects(layers, xs, as_peft) < 0.7
-    if how is not None:
-        join(model.network, how)
+    if is_joined:
+        join(model.network, False)
     assert 0.9 < effects(layers, xs) < 1.1
 
 
-def base_of(format_name, rows, seed, block_size=64, double_quant=True, width=64):
-    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
-    encoding = Encoding(format_name, block_size, double_quant)
-    parts = encode(TensorSpec("x.weight", "F32", tuple(weight.shape)), weight, encoding)
+def packed_weight():
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(7)) * 8
+    parts = encode(TensorSpec("x.weight", "F32", (24, 64)), weight, Encoding("nf4", 64, True))
     return PackedWeight(decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
 
 
@@ -183,10 +169,10 @@ class Twins(nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, use, first=None, second=None):
+    def __init__(self, use):
         super().__init__()
         generator = torch.Generator().manual_seed(7)
-        self.one, self.two = (LoraLinear(base or base_of("nf4", 24, 7), None) for base in (first, second))
+        self.one, self.two = (LoraLinear(packed_weight(), None) for _ in range(2))
         for layer, factor in ((self.one, 1), (self.two, 3)):
             a, b = torch.randn(5, 64, generator=generator), torch.randn(layer.base.shape[0], 5, generator=generator)
             layer.attach(LowRank.of_tensors(a, b * factor, 0.7))
@@ -211,7 +197,7 @@ BOTH = USES["both"][0]
 
 
 @pytest.mark.parametrize("name", USES)
-def test_results_are_the_same_however_the_layers_are_called(join, on_gpu, name):
+def test_results_are_the_same_however_the_layers_are_called(join, name):
     use, sizes = USES[name]
     twins = Twins(use)
 
@@ -222,14 +208,14 @@ def test_results_are_the_same_however_the_layers_are_called(join, on_gpu, name):
         return [*results, *torch.autograd.grad(total, adapters, allow_unused=True, materialize_grads=True)]
 
     before = found()
-    assert [len(group.a) for group in join(twins, on_gpu)] == sizes
+    assert [len(group.a) for group in join(twins, False)] == sizes
     near(found(), before)
 
 
-def test_gradients_are_correct_if_only_one_of_the_joined_layers_is_called(join, on_gpu):
+def test_gradients_are_correct_if_only_one_of_the_joined_layers_is_called(join):
     """A later pass may skip a layer that ran in the probe."""
     twins = Twins(BOTH)
-    join(twins, on_gpu)
+    join(twins, False)
     x = torch.randn(3, 64, requires_grad=True)
     with torch.no_grad():
         twins.one(x)  # results of a pass without gradients must not be used in one with gradients
@@ -241,9 +227,9 @@ def test_gradients_are_correct_if_only_one_of_the_joined_layers_is_called(join, 
     near(grads[:1], torch.autograd.grad(functional.linear(reference, weight).square().sum(), reference))
 
 
-def test_an_input_that_was_modified_in_place_is_a_new_input(join, on_gpu):
+def test_an_input_that_was_modified_in_place_is_a_new_input(join):
     twins = Twins(BOTH)
-    join(twins, on_gpu)
+    join(twins, False)
     x = torch.randn(3, 64)
     with torch.no_grad():
         expected = twins.two(2 * x)
@@ -251,9 +237,9 @@ def test_an_input_that_was_modified_in_place_is_a_new_input(join, on_gpu):
         torch.testing.assert_close(twins.two(x.mul_(2)), expected)
 
 
-def test_a_network_may_change_a_result_in_place(join, on_gpu):
+def test_a_network_may_change_a_result_in_place(join):
     twins = Twins(BOTH)
-    join(twins, on_gpu)
+    join(twins, False)
     x, found = torch.randn(3, 64), []
     for change in (lambda y: y.mul_(3.0), lambda y: y * 3.0):
         total = change(twins.one(x)).square().sum() + change(twins.two(x)).sum()
@@ -261,24 +247,16 @@ def test_a_network_may_change_a_result_in_place(join, on_gpu):
     assert all(map(torch.equal, *found))
 
 
-def test_no_results_are_kept_once_all_layers_were_called(join, on_gpu):
+def test_an_empty_input_gives_empty_or_zero_gradients(join):
     twins = Twins(BOTH)
-    (group,) = join(twins, on_gpu)
-    x = torch.randn(3, 64)
-    twins.one(x), twins.two(x)
-    assert group._waiting == {}
-
-
-def test_an_empty_input_gives_empty_or_zero_gradients(join, on_gpu):
-    twins = Twins(BOTH)
-    join(twins, on_gpu)
+    join(twins, False)
     x = torch.randn(0, 64, requires_grad=True)
     (twins.one(x).sum() + twins.two(x).sum()).backward()
     assert x.grad.shape == (0, 64)
     assert not twins.one.lora_a.grad.any()
 
 
-def test_an_input_without_a_gradient_needs_no_backward_product_with_the_weight(join, on_gpu, monkeypatch):
+def test_an_input_without_a_gradient_needs_no_backward_product_with_the_weight(join, monkeypatch):
     twins, decoded = Twins(BOTH), []
     adapters, x = [*twins.one.parameters(), *twins.two.parameters()], torch.randn(3, 64)
 
@@ -286,7 +264,7 @@ def test_an_input_without_a_gradient_needs_no_backward_product_with_the_weight(j
         return torch.autograd.grad(sum(y.square().sum() for y in (twins.one(x), twins.two(x))), adapters)
 
     before = found(x)
-    join(twins, on_gpu)
+    join(twins, False)
     own = PackedWeight.dequantize
     monkeypatch.setattr(PackedWeight, "dequantize", lambda w, dtype: (decoded.append(1), own(w, dtype))[1])
     near(found(x), before)
@@ -295,13 +273,13 @@ def test_an_input_without_a_gradient_needs_no_backward_product_with_the_weight(j
     assert len(decoded) == 6
 
 
-def test_an_input_is_freed_without_the_garbage_collector(join, on_gpu):
+def test_an_input_is_freed_without_the_garbage_collector(join):
     """A reference cycle would keep a large tensor alive until the collector runs."""
     gc.collect()
     gc.disable()
     try:
         twins = Twins(BOTH)
-        join(twins, on_gpu)
+        join(twins, False)
         x = torch.randn(3, 64, requires_grad=True) * 1.0
         left = [weakref.ref(x), weakref.ref(twins.one), weakref.ref(twins.one.base.codes.untyped_storage())]
         twins.one(x)
@@ -316,23 +294,24 @@ def test_an_input_is_freed_without_the_garbage_collector(join, on_gpu):
     assert [ref() is None for ref in left] == [True] * 3
 
 
-def test_inference_mode_gives_the_logits_of_no_grad(join, on_gpu, made):
+def test_inference_mode_gives_the_logits_of_no_grad(join, made):
     model = loaded(made, "llama")
-    join(model.network, on_gpu)
+    join(model.network, False)
     with torch.inference_mode():
         found = model.network(input_ids=torch.arange(9)[None], use_cache=False).logits
     with torch.no_grad():
         assert torch.equal(found, model.network(input_ids=torch.arange(9)[None], use_cache=False).logits)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("policy", ["layer", "sqrt"])
-@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
-def test_gradients_do_not_depend_on_checkpointing(join, on_gpu, packed, policy, dropout, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "policy", "dropout"),
+    [(torch.float32, "layer", 0.3), (BFLOAT16, "sqrt", 0.3), (BFLOAT16, "layer", 0.0)],
+)
+def test_gradients_do_not_depend_on_checkpointing(join, packed, policy, dropout, dtype):
     found = []
     for chosen in ("none", policy):
         model = load_adapted(packed, dtype, dropout=dropout)
-        join(model.network, on_gpu, dtype)
+        join(model.network, True, dtype)
         checkpoint_layers(model.network, choose_checkpointing(model.network, chosen, None))
         torch.manual_seed(3)
         model.network.train()(input_ids=IDS, use_cache=False).logits.float().square().mean().backward()
@@ -341,9 +320,9 @@ def test_gradients_do_not_depend_on_checkpointing(join, on_gpu, packed, policy, 
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_are_added_to_those_that_parameters_have(join, on_gpu, packed, dropout):
+def test_gradients_are_added_to_those_that_parameters_have(join, packed, dropout):
     model = load_adapted(packed, dropout=dropout)
-    join(model.network, on_gpu)
+    join(model.network, False)
     given, kept, expected = [], [], []
     for parameter in trained(model.network):
         expected.append(torch.zeros_like(parameter))
@@ -421,23 +400,6 @@ def test_products_use_copies_that_are_in_one_aligned_block_of_memory(join, packe
         assert group.cast_a(torch.float32).dtype == group.cast_b(torch.float32)[0].dtype == torch.float32
 
 
-def test_no_copies_are_made_for_float32_or_on_a_cpu(join, packed):
-    model = load_adapted(packed)
-    join(model.network, True)
-    join(model.network, False, BFLOAT16)
-    assert not hasattr(model.network, "narrow_adapters")
-
-
-def test_copies_are_not_measured_as_activations_of_a_layer(join, packed):
-    """They are counted once, with the weights; all layers use parts of one buffer."""
-    one, two = (in_16_bits(packed) for _ in range(2))
-    join(one.network, True)
-    join(two.network, True, BFLOAT16)
-    plain, narrow = (layer_sizes(model.network, (2, 17), torch.device("cpu")) for model in (one, two))
-    assert [size.kept_bytes for size in narrow] == [size.kept_bytes for size in plain]
-    assert all(less.peak_bytes <= more.peak_bytes for less, more in zip(narrow, plain, strict=True))
-
-
 def test_copies_are_updated_whether_the_network_or_its_base_model_is_called(join, packed):
     model = in_16_bits(packed)
     groups = join(model.network, True, BFLOAT16)
@@ -449,82 +411,3 @@ def test_copies_are_updated_whether_the_network_or_its_base_model_is_called(join
         with torch.no_grad():
             call()
         assert all(map(is_current, groups))
-
-
-def test_a_run_with_all_of_it_that_is_interrupted_ends_with_the_bytes_of_one_that_casts_apart(
-    packed, tmp_path, monkeypatch
-):
-    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
-    config = TrainConfig(
-        base=str(packed), data=(str(data),), steps=4, rank=4, max_length=64, device="cpu", save_every=2,
-        compute_dtype="bfloat16", eval_every=2,
-    )  # fmt: skip
-
-    def joining(dtype):
-        def accelerate(network, *_, **options):
-            join_products(network, frozenset(), dtype, True)
-
-        monkeypatch.setattr(preparation, "accelerate", accelerate)
-
-    joining(torch.float32)
-    apart = train(config, tmp_path / "apart")
-    joining(BFLOAT16)
-    stop_after(config, tmp_path / "cut", 3)
-    again = train(config, tmp_path / "cut")
-    assert (again.resumed_from, again.tensors_root) == (3, apart.tensors_root)
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that would launch a kernel on a GPU: all but views and allocations."""
-
-    HOST = ("aten.view", "aten.t.", "aten.transpose", "aten.split", "aten.unsafe_split", "aten.slice", "aten.detach",
-            "aten.empty", "aten.new_empty", "aten.alias", "aten._unsafe_view", "aten.unsqueeze", "aten.expand",
-            "aten.select", "aten.as_strided", "aten._reshape_alias", "aten.permute")  # fmt: skip
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not str(func).startswith(self.HOST):
-            self.found[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def launches(layers, monkeypatch):
-    """Return the launches of layers with the same input, forward and backward; decoding counts as one, as on a GPU."""
-    decoded = []
-
-    def decode(self, dtype):
-        decoded.append(1)
-        return torch.empty(self.shape[0], 64, dtype=dtype)
-
-    monkeypatch.setattr(PackedWeight, "dequantize", decode)
-    for layer in layers:
-        layer.lora_a.grad, layer.lora_b.grad = torch.zeros_like(layer.lora_a), torch.zeros_like(layer.lora_b)
-    x = torch.randn(5, 64).bfloat16().requires_grad_()
-    with Launches() as counted:
-        results = [layer(x) for layer in layers]
-        forward = counted.found.total() + len(decoded)
-    grads = [torch.ones_like(y) for y in results]
-    decoded.clear()
-    with Launches() as counted:
-        torch.autograd.backward(results, grads)
-    return forward, counted.found.total() + len(decoded)
-
-
-@pytest.mark.parametrize(
-    ("names", "plain", "joined", "narrow"),
-    [("qkv", (18, 38), (15, 25), (10, 20)), (("gate", "up"), (12, 25), (11, 18), (7, 14))],
-    ids=["qkv", "gate"],
-)
-def test_joined_layers_take_fewer_launches(join, packed, names, plain, joined, narrow, monkeypatch):
-    def counted(dtype=None):
-        model = load_adapted(packed)
-        layers = [model.linears[f"model.layers.0.{'self_attn' if len(n) == 1 else 'mlp'}.{n}_proj"] for n in names]
-        if dtype is not None:
-            join(model.network, True, dtype)
-        with monkeypatch.context() as patch:
-            return launches(layers, patch)
-
-    assert (counted(), counted(torch.float32), counted(BFLOAT16)) == (plain, joined, narrow)

@@ -1,5 +1,6 @@
 """Every checkpointing policy gives the same bits, and saves less for the backward pass."""
 
+import gc
 from collections import UserDict
 from functools import cache
 
@@ -12,7 +13,6 @@ from adaptkit.checkpoint.reader import MappedCheckpoint
 from adaptkit.errors import UsageError
 from adaptkit.models.activations import Checkpointing
 from adaptkit.training.fast import accelerate
-from adaptkit.training.memory import segments
 from adaptkit.training.memory.activations import Activations, layer_sizes
 from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing, is_recomputing
@@ -28,7 +28,7 @@ def checkpoint(network, policy, offloaded=None):
     return policy.segments
 
 
-POLICIES = ["layer", "sqrt", "segments:1", "segments:2", "segments:4", "segments:7"]
+POLICIES = ["layer", "sqrt", "segments:1", "segments:4"]
 IDS = torch.arange(40).reshape(2, 20) % 50 + 3
 
 
@@ -65,7 +65,7 @@ def test_gradients_are_bit_identical_to_those_without_checkpointing(deep_nf4, un
     assert count == {"layer": 7, "sqrt": 3}.get(policy, int(policy.partition(":")[2] or 0))
 
 
-@pytest.mark.parametrize("policy", ["none", *POLICIES])
+@pytest.mark.parametrize("policy", ["none", "layer", "segments:2"])
 @pytest.mark.parametrize(("targets", "first"), [(("*",), 0), (("model.layers.4.*", "model.layers.5.*"), 4)])
 def test_layer_inputs_require_gradients_only_where_they_do_without_checkpointing(deep_nf4, policy, targets, first):
     """A layer whose input needs a gradient uses different products, which round differently on some processors."""
@@ -150,7 +150,7 @@ def test_auto_checkpoints_every_layer_if_layers_cannot_be_measured(deep_nf4):
 
 
 def kept_inputs(folder, policy):
-    """Return how many layer inputs stay alive until the backward pass."""
+    """Return how many layer inputs stay alive until the backward pass, and after it."""
     storages = {}
 
     def note(tensor):
@@ -163,14 +163,16 @@ def kept_inputs(folder, policy):
         layer.register_forward_pre_hook(lambda _, args: note(args[0]))
     checkpoint(model.network, policy)
     hidden = model.network.train().model(input_ids=IDS, use_cache=False).last_hidden_state
-    alive = sum(not reference.expired() for reference in storages.values())
+    before = sum(not reference.expired() for reference in storages.values())
     hidden.sum().backward()
-    return alive
+    del hidden
+    gc.collect()
+    return before, sum(not reference.expired() for reference in storages.values())
 
 
 def test_only_the_inputs_of_segments_stay_alive(deep_nf4):
-    assert kept_inputs(deep_nf4, "layer") == 7
-    assert kept_inputs(deep_nf4, "sqrt") == 3
+    assert kept_inputs(deep_nf4, "layer") == (7, 0)
+    assert kept_inputs(deep_nf4, "sqrt") == (3, 0)
 
 
 def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
@@ -178,32 +180,6 @@ def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
     with pytest.raises(UsageError, match="no list of layers") as caught:
         checkpoint(nn.Linear(2, 2), "layer")
     assert "none" in caught.value.hint
-
-
-def test_no_layer_input_outlives_the_graph(deep_nf4):
-    import gc
-    import weakref
-
-    model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
-    checkpoint(model.network, "sqrt")
-    inputs = []
-    for layer in model.network.model.layers:
-        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
-    hidden = model.network.train().model(input_ids=IDS, use_cache=False).last_hidden_state
-    hidden.sum().backward()
-    del hidden
-    gc.collect()
-    assert [reference for reference in inputs if reference() is not None] == []
-
-
-def test_the_random_state_of_a_second_gpu_is_restored_on_that_gpu(monkeypatch):
-    states = {}
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": f"of {device}")
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": states.update({str(device): state}))
-    second = torch.device("cuda:1")
-    segments._set_random(segments._random(second), second)
-    assert states == {"cuda:1": "of cuda:1"}
 
 
 class Weighing(nn.Module):
