@@ -30,8 +30,6 @@ APART = {
     "pipeline": {"models", "data"},
 }
 """Packages that one does not import although they are below it."""
-SHARED_NAMES: set[str] = set()
-"""Names of several classes. None is to be added."""
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -92,7 +90,7 @@ def test_class_names_are_unique():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(name)
-    assert {kind: files for kind, files in places.items() if len(files) > 1 and kind not in SHARED_NAMES} == {}
+    assert {kind: files for kind, files in places.items() if len(files) > 1} == {}
 
 
 def test_no_module_has_more_than_320_lines_and_few_functions_more_than_60():
