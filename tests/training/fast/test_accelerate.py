@@ -28,7 +28,7 @@ def near(found, expected):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("family", "device"), zip(FAMILIES, (CPU, GPU, CPU, GPU, CPU), strict=True), ids=str)
+@pytest.mark.parametrize(("family", "device"), list(zip(FAMILIES, (CPU, GPU, CPU, GPU, CPU), strict=True)), ids=str)
 def test_logits_and_gradients_are_those_of_the_plain_network(family, dropout, device, made):
     folder = packed_in(made, family)
     expected = logits_and_gradients(load_adapted(folder, dropout=dropout).network)

@@ -104,7 +104,7 @@ def expected_gradients(folders):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("family", "is_packed"), zip(FAMILIES, (True, False, True, False, True), strict=True))
+@pytest.mark.parametrize(("family", "is_packed"), list(zip(FAMILIES, (True, False, True, False, True), strict=True)))
 def test_experts_unpacked_one_by_one_give_the_bits_of_whole_stacks(folders, family, is_packed, dtype, monkeypatch):
     """On a 16-bit base, whose stacks are only changed by their LoRA, too."""
 
