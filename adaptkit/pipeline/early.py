@@ -1,15 +1,13 @@
-"""Checks that would fail a run later: of what the sources are before a step runs, and of what is to be published."""
+"""Checks of what the sources are before a step runs, and errors of steps with their names."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError
 from adaptkit.pipeline.artifact import Kind, check_kind, kind_of
 from adaptkit.pipeline.recipe import Recipe, Step
 from adaptkit.pipeline.report import Listener
-from adaptkit.pipeline.steps._kind import Work
 
 
 @contextmanager
@@ -57,48 +55,13 @@ def check_sources(recipe: Recipe, steps: list[Step], found: Mapping[str, Path]) 
                 taken.check(path)
 
 
-class PublishChecks:
-    """Asks the Hub, before the work of making artifacts, whether they could be published; in a dry run, it only warns.
-
-    Args:
-        steps: of the run.
-        dry_run: whether to only report what would be done.
-        signer: credentials for steps that sign.
-        listener: receives notes and warnings.
-    """
-
-    def __init__(self, steps: list[Step], dry_run: bool, signer: Signer, listener: Listener) -> None:
-        self._steps, self._dry_run, self._signer, self._listener = steps, dry_run, signer, listener
-        self._is_asked = False
-
-    def before_work(self) -> None:
-        """Check what does not depend on what the steps make; called before each step that runs, acts only once.
-
-        Raises:
-            AdaptkitError: a step would fail (not in a dry run).
-        """
-        for step in self._steps if not self._is_asked else ():
-            if step.how.precheck is not None:
-                with self._warn_in_dry_run(step):
-                    step.how.precheck(step.options, self._signer, self._listener.note_of(step))
-        self._is_asked = True
-
-    def rehearse(self, step: Step, work: Work) -> str:
-        """Return a summary of what a step that publishes would send; empty in a dry run if it would be rejected.
-
-        Raises:
-            AdaptkitError: publishing would be rejected (not in a dry run).
-        """
-        with self._warn_in_dry_run(step):
-            return step.how.rehearse(work) if step.how.rehearse is not None else ""
-        return ""
-
-    @contextmanager
-    def _warn_in_dry_run(self, step: Step) -> Iterator[None]:
-        try:
-            with prefix_errors(step):
-                yield
-        except AdaptkitError as error:
-            if not self._dry_run:
-                raise
-            self._listener.note(f"warning: this would be rejected: {error.message}")
+@contextmanager
+def rejections_noted(step: Step, dry_run: bool, listener: Listener) -> Iterator[None]:
+    """Prefix errors as ``prefix_errors`` does; in a dry run, note that publishing would be rejected, and go on."""
+    try:
+        with prefix_errors(step):
+            yield
+    except AdaptkitError as error:
+        if not dry_run:
+            raise
+        listener.note(f"warning: this would be rejected: {error.message}")

@@ -15,7 +15,7 @@ from typing import Any
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
-from adaptkit.pipeline.early import PublishChecks, check_sources, prefix_errors
+from adaptkit.pipeline.early import check_sources, prefix_errors, rejections_noted
 from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.options import RunOptions
 from adaptkit.pipeline.reading import read_recipe
@@ -80,7 +80,7 @@ class _Run:
         self._with_card = {name for step in recipe.steps.values() for taken, name in step.takes() if taken.with_card}
         self._lock = Lock(recipe, options.locked)
         self._signer = options.signer or Signer()
-        self._publishing = PublishChecks(steps, dry_run, self._signer, listener)
+        self._unchecked = list(steps)
 
     def all(self) -> RunReport:
         """Find the sources and run the steps; in a dry run, only report."""
@@ -157,15 +157,14 @@ class _Run:
         """Return a report of what a run would do with the step."""
         key = step_key(step, self._materials)
         if key is None:
-            self._publishing.before_work()
+            self._precheck()
             was_run = any(self.work.root.glob(f"*/{step.name}.json"))
             return self._report(step, "may follow" if was_run else "to do")
         if step.how.publishes:
-            figure = self._publishing.rehearse(step, self._work_of(step, key))
-            return self._report(step, "to do", figure=figure, key=key)
+            return self._report(step, "to do", figure=self._rehearse(step, key), key=key)
         record = self.work.find(step, key, self._listener.note)
         if record is None:
-            self._publishing.before_work()
+            self._precheck()
             return self._report(step, "to do", key=key)
         outputs = self._register_outputs(step, record)
         judgement = step.how.judge(step.options, record.facts)
@@ -206,7 +205,7 @@ class _Run:
         if step.how.publishes:
             self._rehearse_others(step)
         else:
-            self._publishing.before_work()
+            self._precheck()
         self._listener.on_start(step)
         self._require_unchanged(step)
         self.work.begin(step, key)
@@ -219,13 +218,27 @@ class _Run:
             raise
         return self.work.finish(step, key, outcome.figure, outcome.facts)
 
+    def _precheck(self) -> None:
+        """Before the first step that has to run, check what may keep others from publishing, whatever it makes."""
+        unchecked, self._unchecked = self._unchecked, []
+        for step in unchecked:
+            if step.how.precheck is not None:
+                with rejections_noted(step, self._dry_run, self._listener):
+                    step.how.precheck(step.options, self._signer, self._listener.note_of(step))
+
+    def _rehearse(self, step: Step, key: str) -> str:
+        """Return a summary of what a step that publishes would send; empty in a dry run if it would be rejected."""
+        with rejections_noted(step, self._dry_run, self._listener):
+            return step.how.rehearse(self._work_of(step, key)) if step.how.rehearse is not None else ""
+        return ""
+
     def _rehearse_others(self, step: Step) -> None:
         """Before the first step that publishes, rehearse the others, so that nothing is sent if one would fail."""
         first, *others = [each for each in self._steps if each.how.publishes]
         for other in others if step is first else ():
             key = step_key(other, self._materials)
             if key is not None:
-                self._publishing.rehearse(other, self._work_of(other, key))
+                self._rehearse(other, key)
 
     @contextmanager
     def _advise_on_damage(self, step: Step) -> Iterator[None]:
