@@ -1,10 +1,8 @@
 """adopt copies another tool's artifact byte for byte, with a manifest that records its kind and its base."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import peft_adapters
 import pytest
@@ -15,7 +13,7 @@ from folders import edited_tensors, tree
 from huggingface_hub import ModelCard, ModelCardData
 from peft_adapters import OF_EVERY_KIND
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.compensation import write_compensation
@@ -30,8 +28,7 @@ from adaptkit.errors import (
     OutputExistsError,
     UsageError,
 )
-from adaptkit.operations import adopt as adopting
-from adaptkit.operations.adopt import AdoptOptions, adopt
+from adaptkit.operations.adopt import adopt
 from adaptkit.operations.inspect import trace
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
@@ -40,7 +37,6 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.network.start import read_start
 
 WEIGHTS = "adapter_model.safetensors"
-IO = Path("/proc/self/io")
 
 
 def raw(folder):
@@ -90,22 +86,6 @@ def test_a_checkpoint_is_copied_and_can_be_verified(tmp_path, shards):
     assert verify(tmp_path / "out").kind == "checkpoint"
     found = {tensor.name: tensor.xxh3_128 for tensor in require_manifest(tmp_path / "out").tensors}
     assert found == {name: xxhash.xxh3_128_hexdigest(content) for name, content in raw(base).items()}
-
-
-@pytest.mark.skipif(not IO.exists(), reason="needs Linux's counter of the bytes read")
-def test_each_byte_of_a_checkpoint_is_read_once(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    save_file({"weight": torch.randn(1 << 21)}, tmp_path / "model" / "model.safetensors")
-    adopt(tmp_path / "model", tmp_path / "first")  # what is imported on first use is read here
-
-    def bytes_read():
-        return int(re.search(r"rchar: (\d+)", IO.read_text())[1])
-
-    before = bytes_read()
-    adopt(tmp_path / "model", tmp_path / "out")
-    assert (1 << 23) <= bytes_read() - before < 1.5 * (1 << 23)
-    verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", OF_EVERY_KIND)
@@ -233,70 +213,6 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path, adapter, 
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_base_that_changes_while_it_is_hashed_is_refused(tmp_path, llama, adapter):
-    base = tmp_path / "base"
-    shutil.copytree(llama, base)
-
-    def change(done, total):
-        (base / "model.safetensors").touch()
-
-    with pytest.raises(IntegrityError, match=r"model\.safetensors changed while it was read"):
-        adopt(adapter, tmp_path / "out", base=base, progress=change)
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
-
-
-@pytest.mark.parametrize("is_changed", [False, True])
-def test_an_interrupted_copy_goes_on_unless_the_source_changed(tmp_path, is_changed):
-    source = tiny.write_llama(tmp_path / "source", shards=3)
-    first = sorted(source.glob("*.safetensors"))[0]
-
-    def stop(done, total):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        adopt(source, tmp_path / "out", AdoptOptions(threads=1), progress=stop)
-    written = (tmp_path / "out.partial" / first.name).stat().st_mtime_ns
-    if is_changed:
-        first.write_bytes(first.read_bytes()[:-2] + b"\0\0")
-    adopt(source, tmp_path / "out", AdoptOptions(threads=1))
-    made = tree(tmp_path / "out")
-    assert ((tmp_path / "out" / first.name).stat().st_mtime_ns == written) is not is_changed
-    del made[MANIFEST_NAME]
-    assert made == tree(source)
-    verify(tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
-def test_what_is_copied_is_what_was_checked(tmp_path, monkeypatch, llama, adapter, kind):
-    """Not what was written in its place between the checks and the copy, such as NaN."""
-    source, reads = tmp_path / "source", {"adapter": "read_adapter", "checkpoint": "plain_checkpoint"}[kind]
-    shutil.copytree({"adapter": adapter, "checkpoint": llama}[kind], source)
-    (weights,) = source.glob("*.safetensors")
-    check = getattr(adopting, reads)
-
-    def changed_after(root):
-        found = check(root)
-        weights.write_bytes(weights.read_bytes()[:-8] + b"\xff" * 8)
-        return found
-
-    monkeypatch.setattr(adopting, reads, changed_after)
-    with pytest.raises(IntegrityError, match=f"{weights.name} changed while it was read"):
-        adopt(source, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_base_whose_configuration_is_not_its_manifest_s_is_refused(tmp_path, llama, adapter):
-    """The adapter would name a manifest that this base does not have."""
-    base = tmp_path / "base"
-    adopt(llama, base)
-    content = (base / "config.json").read_bytes()
-    (base / "config.json").write_bytes(content.replace(b"512", b"513"))
-    with pytest.raises(IntegrityError, match=r"config\.json"):
-        adopt(adapter, tmp_path / "out", base=base)
-    (base / "config.json").write_bytes(content)
-    adopt(adapter, tmp_path / "out", base=base)
-
-
 def test_bad_input_is_refused_and_nothing_written(tmp_path, llama, gpt2, adapter):
     work = tmp_path / "work"
     work.mkdir()
@@ -331,29 +247,12 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, llama, gpt2, adapter
     assert tree(work) == before
 
 
-def test_of_a_folder_of_an_adapter_and_a_checkpoint_the_adapter_is_copied(tmp_path, llama, adapter):
-    for folder in (llama, adapter):
-        shutil.copytree(folder, tmp_path / "both", dirs_exist_ok=True)
-    report = adopt(tmp_path / "both", tmp_path / "out")
-    assert report.kind == "adapter"
-    assert {"config.json", "model.safetensors"} <= {*report.not_copied}
-    assert report.tensors_root == adopt(adapter, tmp_path / "alone").tensors_root
-
-
 def test_a_copy_of_a_base_tensor_in_the_adapter_must_equal_the_bases(tmp_path, made):
     """With ``save_embedding_layers``, peft saves the base's tensors of adapted embeddings, too."""
-    case = peft_adapters.make(made, next(name for name in OF_EVERY_KIND if has_copies(made, name)))
-    copied = next(key for key in load_file(case.adapter / WEIGHTS) if ".base_layer." in key)
-    name = copied.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    other = with_a_change(case.base, tmp_path / "other", name)
+    case = peft_adapters.make(made, "embedding")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(case.adapter / WEIGHTS)
+    other = with_a_change(case.base, tmp_path / "other", "model.embed_tokens.weight")
     with pytest.raises(BaseMismatchError, match="own copy") as caught:
         adopt(case.adapter, tmp_path / "out", base=other)
     assert "--allow-base-mismatch" not in caught.value.hint
     assert "--base" in caught.value.hint
-
-
-def has_copies(made, name):
-    case = peft_adapters.make(made, name)
-    names = raw(case.base)
-    keys = (key.removeprefix("base_model.model.") for key in load_file(case.adapter / WEIGHTS))
-    return any(".base_layer." in key and key.replace(".base_layer.", ".") in names for key in keys)

@@ -25,6 +25,7 @@ def changed(tmp_path_factory, llama):
 
 
 CALLS = {
+    "adopt, base": lambda changed, adapter, out: adopt(adapter, out, base=changed / "changed-model"),
     "quantize": lambda changed, adapter, out: quantize(changed / "changed-model", out),
     "quantize, dry run": lambda changed, adapter, out: quantize(changed / "changed-model", out, dry_run=True),
     "dequantize": lambda changed, adapter, out: dequantize(changed / "changed-nf4", out),

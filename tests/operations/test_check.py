@@ -21,7 +21,6 @@ from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError, Chec
 from adaptkit.operations import targets
 from adaptkit.operations.check import check
 from adaptkit.operations.merge import merge
-from adaptkit.operations.targets import _peft_selection
 from adaptkit.operations.targets._target import Program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,33 +162,24 @@ BROKEN = WRAPPED | UNFIT | {
 }  # fmt: skip
 MISCONFIGURED = {
     "another r": {"r": 8},
-    "r of zero": {"r": 0},
     "r that is not an integer": {"r": 4.0},
     "an alpha pattern with a text": {"alpha_pattern": {"up_proj": "3"}},
     "an excluded layer": {"layers_to_transform": [0]},
     "one layer by its number": {"layers_to_transform": 1},
-    "layers with a different name": {"layers_to_transform": [0, 1], "layers_pattern": "h"},
     "layers beside a pattern of modules": {"target_modules": ".*_proj", "layers_to_transform": [0, 1]},
     "a name of layers without numbers": {"layers_pattern": "layers"},
     "a module within a saved one": {"modules_to_save": ["mlp"]},
-    "an exclusion that is not a pattern": {"exclude_modules": "("},
     "a saved module that is not a pattern": {"modules_to_save": ["("]},
     "an unknown bias": {"bias": "weird"},
-    "no bias": {"bias": None},
     "an unknown task type": {"task_type": "NOPE"},
     "an unknown initialization": {"init_lora_weights": "nonsense"},
     "an initialization that needs statistics": {"init_lora_weights": "corda"},
-    "an initialization that needs a configuration": {"init_lora_weights": "loftq"},
     "a dropout above one": {"lora_dropout": 2},
-    "a dropout that is a text": {"lora_dropout": "0.1"},
     "dora and lora_bias": {"use_dora": True, "lora_bias": True},
     "a name instead of a list": {"target_parameters": "up_proj.weight"},
     "a module, and its weight": {"target_parameters": ["up_proj.weight"]},
-    "a flag instead of names": {"target_parameters": True},
-    "a list in a list of names": {"target_parameters": [["up_proj.weight"]]},
     "a number among names": {"target_parameters": ["nothing.weight", 1]},
     "a vector among the matrices": {"target_parameters": ["norm.weight"]},
-    "vectors among the matrices": {"target_parameters": ["weight"], "target_modules": []},
     "no modules": {"target_modules": None},
     "alpha that is a text": {"lora_alpha": "16"},
     "an untargeted module": {"target_modules": ["q_proj"]},
@@ -199,10 +189,8 @@ MISCONFIGURED = {
     "dora without magnitudes": {"use_dora": True},
     "lora_bias without biases": {"lora_bias": True},
     "patterns that are null": {"rank_pattern": None},
-    "alpha patterns that are null": {"alpha_pattern": None},
     "tokens that are not there": {"trainable_token_indices": [1, 2]},
     "an unknown peft type": {"peft_type": "FUTURE"},
-    "no type": {"peft_type": "remove"},
 }
 
 
@@ -228,15 +216,11 @@ def test_adapters_that_peft_refuses_or_loads_only_in_part_are_rejected(case, mak
 LOADED = {
     "alpha of zero": {"lora_alpha": 0},
     "alpha below zero": {"alpha_pattern": {"up_proj": -3}},
-    "all layers": {"layers_to_transform": [0, 1]},
-    "no layers": {"layers_to_transform": []},
     "an exclusion by the ends of names": {"exclude_modules": ["("]},
     "all layers by their name": {"layers_to_transform": [0, 1], "layers_pattern": ["h", "layers"]},
     "a bias of its own kind": {"bias": "lora_only"},
-    "another task": {"task_type": "SEQ_2_SEQ_LM"},
     "a task that the base's class is not for": {"task_type": "FEATURE_EXTRACTION"},
     "beginnings in capitals": {"init_lora_weights": "GAUSSIAN"},
-    "no beginnings": {"init_lora_weights": None},
     "a dropout below zero": {"lora_dropout": -1},
     "a saved module that no model has": {"modules_to_save": ["score"]},
     "no names of parameters": {"target_parameters": {}},
@@ -408,17 +392,6 @@ def test_a_classifiers_adapter_must_contain_the_classification_head(has_head, tm
             rewrite(folder, lambda t: {name: tensor for name, tensor in t.items() if "score" not in name})
         assert (lost_in(model(), folder) == []) == has_head
     assert verdicts(folder, untied)["peft"].taken == has_head
-
-
-@pytest.mark.parametrize("others", [{}, {"exclude_modules": ["1.up"]}, {"target_parameters": ["down.weight"]}])
-def test_modules_targeted_by_full_path_are_selected_as_by_comparing_all_names(others):
-    """There may be tens of thousands of them, so a whole path is compared with itself only."""
-    modules = [f"model.{layer}.{name}" for layer in range(4) for name in ("up", "down", "gate")]
-    config = {"target_modules": [*(m for m in modules if "gate" not in m), "0.gate", 5]} | others
-    expected = [module for module in modules if not _peft_selection.is_target(config, module)]
-    assert _peft_selection.untargeted(config, modules) == expected
-    assert "model.1.gate" in expected
-    assert ("model.1.up" in expected) == ("exclude_modules" in others)
 
 
 @pytest.mark.parametrize("write", [tiny.write_gpt2, tiny.write_llama])

@@ -25,7 +25,6 @@ from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 
 ALL = {"gguf", "peft", "sglang", "vllm"}
-NORM = "base_model.model.model.norm.weight"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import released
 import tiny
 import torch
-from folders import edit_json, edited_tensors, flip, rewritten
+from folders import edit_json, edited_tensors, rewritten
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.manifest import TensorRecord, require_manifest, tensors_root
@@ -15,7 +15,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.merge import merge
-from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import VerifyOptions, verify
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -152,8 +152,6 @@ MALFORMED = {
     "codes without scales": ("fp8", in_mxfp4(48), r"not a weight in MXFP4: .*weight_scale_inv is missing"),
     "float scales of MXFP4": ("fp8", in_mxfp4(48, **{SCALE: torch.ones(64, 3)}),
                               r"not a weight in MXFP4: codes I8 \[64, 48\], scales F32 \[64, 3\]"),
-    "too many scales of MXFP4": ("fp8", in_mxfp4(48, **{SCALE: torch.ones(64, 6).to(E8M0)}),
-                                 r"codes I8 \[64, 48\], scales F8_E8M0 \[64, 6\]"),
     "no whole blocks": ("fp8", in_mxfp4(40, **{SCALE: torch.ones(64, 2).to(E8M0)}), "not a weight in MXFP4"),
     "two names of scales": ("fp8", adding(PLAIN_SCALE, (2, 3)), r"weight_scale_inv and .*gate_proj\.scale are there"),
     "codes as bytes": ("fp8", lambda t: (t.pop(SCALE), t.update({GATE: torch.zeros(64, 48, dtype=torch.uint8)}),
@@ -162,21 +160,19 @@ MALFORMED = {
     "no scales": ("fp8", lambda t: t.pop(SCALE), r"gate_proj\.weight_scale_inv is missing"),
     "E5M2": ("fp8", lambda t: t.update({GATE: t[GATE].float().to(torch.float8_e5m2)}), "F8_E5M2 instead of"),
     "scales of other blocks": ("fp8", adding(SCALE, (3, 5)), r"scales F32 \[3, 5\] of blocks of \[32, 32\] do not fit"),
-    "scales of three dimensions": ("fp8", adding(SCALE, (2, 4, 2)), NO_FIT),
     "integer scales": ("fp8", adding(SCALE, (4, 2), torch.int32), "scales I32"),
     # Otherwise the result would hold these, and be taken for quantized.
     **{
         f"a stray {name}": ("fp8", adding(name, dtype=dtype), name)
         for name, dtype in (
             ("model.norm.weight_scale_inv", torch.float32), ("lm_head.activation_scale", torch.float32),
-            ("model.layers.0.mlp.experts.down_proj_activation_scale", torch.float32),
-            ("x_scale_inv", torch.float8_e4m3fn), ("model.norm.qscale_weight", torch.float32),
+            ("model.norm.qscale_weight", torch.float32),
             ("model.norm.scale", E8M0),
         )
     },
     # Blocks of equal size are assumed only if nothing is stated: they can fit by chance.
     **{f"blocks {size}": ("fp8", block(size), "weight_block_size is|do not fit")
-       for size in ("32,32", [32], [32.0, 32.0], [True, True], [0, 32], [64, 64], [10**30, 32])},
+       for size in ("32,32", [32], [True, True], [0, 32], [64, 64])},
     "another kind of model": ("mxfp4", {"model_type": "qwen3_moe"}, "MXFP4 in a model of type 'qwen3_moe'"),
     "experts twice": ("mxfp4", adding(EXPERTS, (4, 64, 128)), f"{EXPERTS} is there both plain and quantized"),
     "other scales": ("mxfp4", lambda t: t.update({f"{EXPERTS}_scales": t[f"{EXPERTS}_scales"][:, :5]}), NOT_EXPERTS),
@@ -240,21 +236,6 @@ def test_a_plain_scale_and_signed_bytes_of_no_weight_stay(fp8, copy_of, tmp_path
     dequantize(folder, tmp_path / "plain")
     stored = load_file(tmp_path / "plain" / "model.safetensors")
     assert all(torch.equal(stored[name], value) for name, value in others.items())
-
-
-@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-def test_a_dry_run_reports_the_same_and_writes_nothing(request, kind, tmp_path, run_cli):
-    source = request.getfixturevalue(kind)
-    planned = run_cli("dequantize", source, "-o", tmp_path / "plain", "--dry-run", "--json")
-    assert planned.code == 0, planned.stderr
-    assert not list(tmp_path.iterdir())
-    made = run_cli("dequantize", source, "-o", tmp_path / "plain", "--json")
-    hashes = {"tensors_root": None, "manifest_sha256": None}
-    assert json.loads(planned.stdout) == json.loads(made.stdout) | hashes
-    refused = run_cli("dequantize", source, "-o", tmp_path / "plain", "--dry-run")
-    assert refused.code == 8
-    told = run_cli("dequantize", source, "-o", tmp_path / "plain", "--dry-run", "--force").stdout
-    assert told.startswith("would write ")
 
 
 def test_blocks_at_the_edges_may_be_smaller(tmp_path):
@@ -356,17 +337,6 @@ def test_commands_that_cannot_use_a_release_say_what_to_run(request, kind, comma
     assert not (tmp_path / "out").exists()
 
 
-def test_gpt_oss_is_quantized_and_trained_from_its_release(mxfp4, tmp_path, run_cli):
-    dequantize(mxfp4, tmp_path / "plain")
-    quantize(mxfp4, tmp_path / "nf4", QuantizeOptions(moe="quantize"))
-    data = tiny.write_instructions(tmp_path / "rows.jsonl")
-    options = ["--steps", "1", "--max-length", "64"]
-    done = run_cli("train", "--base", tmp_path / "nf4", "--data", data, "-o", tmp_path / "adapter", *options)
-    assert done.code == 0, done.stderr
-    done = run_cli("merge", tmp_path / "plain", tmp_path / "adapter", "-o", tmp_path / "merged")
-    assert done.code == 0, done.stderr
-
-
 @pytest.mark.parametrize("holder", ["", "text_config"])
 def test_the_quantization_is_removed_wherever_the_configuration_states_it(fp8, copy_of, tmp_path, holder):
     """transformers also reads it from the language model's configuration, and would load the result as FP8."""
@@ -381,24 +351,3 @@ def test_the_quantization_is_removed_wherever_the_configuration_states_it(fp8, c
     dequantize(fp8, tmp_path / "same")
     made, same = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "same"))
     assert all(torch.equal(made[name], weight) for name, weight in same.items())
-
-
-def test_a_block_size_beyond_the_matrix_is_the_matrix(copy_of, tmp_path):
-    one = released.write_fp8(tmp_path / "one", block=(128, 128))
-    two = copy_of(one, "two")
-    edit_json(two / "config.json", **block([10**30] * 2))
-    for folder in (one, two):
-        dequantize(folder, folder.with_name(f"{folder.name}-plain"))
-    made = [load_file(tmp_path / f"{name}-plain" / "model.safetensors") for name in ("one", "two")]
-    assert all(torch.equal(made[0][name], weight) for name, weight in made[1].items())
-
-
-def test_a_changed_code_changes_the_result(mxfp4, copy_of, tmp_path):
-    folder = copy_of(mxfp4)
-    dequantize(mxfp4, tmp_path / "one")
-    flip(folder / "model.safetensors", Checkpoint(folder).tensors[f"{EXPERTS}_blocks"].position)
-    dequantize(folder, tmp_path / "two")
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    differ = [name for name in one if not torch.equal(one[name], two[name])]
-    assert differ == [EXPERTS]
-    assert (one[EXPERTS] != two[EXPERTS]).nonzero().tolist() == [[0, 0, 0]]

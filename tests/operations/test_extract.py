@@ -10,7 +10,6 @@ import torch
 from folders import changes_of, edit_json, edited_tensors, rewritten, tensors_of, tree
 from peft_formulas import logits
 from safetensors.torch import load_file, save_file
-from transformers.models.granitemoe import modeling_granitemoe
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.hashing import fingerprint
@@ -194,23 +193,6 @@ def test_every_module_reaches_the_energy_with_the_smallest_possible_rank(tmp_pat
         assert all(entry.energy_kept < energy for entry in limited.modules)
 
 
-def test_the_reported_rounding_is_close_to_the_actual_rounding(tmp_path):
-    base = tiny.write_llama(tmp_path / "base", dtype="bfloat16")
-    change = noise(0.02, rank=3)
-    folder = tuned_from(base, tmp_path / "tuned", change)
-    report = extract(folder, base, tmp_path / "out", ExtractOptions(rank=3))
-    exact = noise(0.02, rank=3)
-    lost = kept = 0.0
-    for name, tensor in tensors_of(base).items():
-        wanted = exact(name, tensor)
-        if wanted is not None:
-            lost += float((wanted - wanted.to(torch.bfloat16).double()).square().sum())
-            kept += float((wanted.to(torch.bfloat16).double() - tensor.double()).square().sum())
-    assert 0.001 < lost / kept < 0.1
-    assert report.rounding == pytest.approx(lost / kept, rel=0.15)
-    assert 1 - report.energy_kept == pytest.approx(report.rounding, rel=0.3)
-
-
 FAMILIES = ["tied", "untied", "gpt2", "qwen2", "phi", "mixtral"]
 
 
@@ -258,36 +240,36 @@ def test_an_adapter_without_low_rank_changes_still_loads(tmp_path, plain, only):
     assert all(torch.equal(merged[name], wanted[name]) for name in wanted)
 
 
-def test_the_placeholder_is_not_a_layer_that_the_model_splits(tmp_path):
-    """peft needs some low-rank change; the first linear layer of NomicBert cannot be it, since it is split."""
+def test_a_layer_that_the_model_splits_is_neither_extracted_nor_the_placeholder(tmp_path):
+    """Of NomicBert, peft's model has no module named as in the files; a placeholder is needed if only norms change."""
     import peft
     import transformers
 
+    tiny.need_architecture("nomic_bert")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         "nomic_bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64,
         max_position_embeddings=32,
     )  # fmt: skip
-    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "base")
-    folder = tuned_from(tmp_path / "base", tmp_path / "tuned", noise(only="norm"))
-    report = extract(folder, tmp_path / "base", tmp_path / "out", ExtractOptions(rank=4))
+    base = tmp_path / "base"
+    transformers.AutoModel.from_config(config).save_pretrained(base)
+    folder = tuned_from(base, tmp_path / "tuned", noise(only="norm"))
+    report = extract(folder, base, tmp_path / "out", ExtractOptions(rank=4))
     assert report.modules == ()
     assert "Wqkv" not in report.placeholder
-    base, wanted = (transformers.AutoModel.from_pretrained(tmp_path / name).eval() for name in ("base", "tuned"))
+    model, wanted = (transformers.AutoModel.from_pretrained(path).eval() for path in (base, folder))
     tokens = torch.arange(12).reshape(2, 6)
-    before = base(tokens).last_hidden_state
-    found = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()(tokens).last_hidden_state
+    before = model(tokens).last_hidden_state
+    found = peft.PeftModel.from_pretrained(model, tmp_path / "out").eval()(tokens).last_hidden_state
     assert (found - wanted(tokens).last_hidden_state).abs().max() < 1e-6
     assert (before - found).abs().max() > 1e-3
-
-
-def test_a_module_is_saved_with_all_of_its_tensors(tmp_path, gpt2):
-    """peft looks for the bias of a norm whose weight is in the file."""
-    folder = tuned_from(gpt2, tmp_path / "tuned", noise(only="ln_1.weight"))
-    report = extract(folder, gpt2, tmp_path / "out", ExtractOptions(rank=2))
-    assert [tensor.name for tensor in report.saved] == [f"transformer.h.{n}.ln_1.weight" for n in (0, 1)]
-    assert "transformer.h.0.ln_1.bias" in read_adapter(tmp_path / "out").replaced
-    assert (logits(gpt2, tmp_path / "out") - logits(folder)).abs().max() < 1e-6
+    split = tuned_from(base, tmp_path / "split", lambda n, t: t + 0.1 if "attn." in n and "norm" not in n else None)
+    with pytest.raises(UsageError, match=r"Wqkv\.weight differs, but transformers splits it"):
+        extract(split, base, tmp_path / "adapter", ExtractOptions(rank=2))
+    assert not (tmp_path / "adapter").exists()
+    report = extract(split, base, tmp_path / "adapter", ExtractOptions(rank=2, target=("*.out_proj",)))
+    assert report.modules
+    assert all(entry.module.endswith(".out_proj") for entry in report.modules)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
@@ -340,12 +322,6 @@ ROUTED = {
 }  # fmt: skip
 NAMED_ALIKE = {
     "norm of LlamaModel": ("LlamaModel", {}, ("norm.weight", "layers.1.self_attn.q_proj.weight"), "norm.weight"),
-    "classifier of DistilBERT": (
-        "DistilBertForSequenceClassification",
-        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "num_labels": 3},
-        ("classifier.weight", "distilbert.transformer.layer.1.attention.q_lin.weight"),
-        "pre_classifier.weight",
-    ),
     "linear layer with a head's name": (
         "DistilBertForSequenceClassification",
         {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "num_labels": 3},
@@ -410,17 +386,6 @@ def test_a_tensor_that_is_not_extracted_stays_the_bases_even_if_a_saved_name_mat
     merged, wanted, before = (tensors_of(path) for path in (tmp_path / "merged", folder, base))
     for name in wanted:
         assert torch.equal(merged[name], wanted[name].float() if name == "norm.weight" else before[name]), name
-
-
-def test_the_adapter_of_a_tied_base_without_a_head_has_no_head(tmp_path, llama):
-    from transformers import AutoModel
-
-    base = tmp_path / "base"
-    AutoModel.from_pretrained(llama).save_pretrained(base)
-    folder = tuned_from(base, tmp_path / "tuned", noise(only="embed_tokens"))
-    extract(folder, base, tmp_path / "out", ExtractOptions(rank=2))
-    assert set(read_adapter(tmp_path / "out").replaced) == {"embed_tokens.weight"}
-    assert check(tmp_path / "out", ["peft"], base).verdicts[0].taken
 
 
 def more_words(tensor, count=5):
@@ -530,10 +495,8 @@ def test_a_quantized_checkpoint_is_refused_with_the_reason(tmp_path, plain, tune
 
 
 @pytest.mark.parametrize(
-    ("where", "value", "name"),
-    [("tuned", float("nan"), f"{UP}.weight"), ("base", float("inf"), f"{UP}.weight"),
-     ("tuned", float("inf"), "model.norm.weight"), ("base", float("nan"), "model.norm.weight")],
-)  # fmt: skip
+    ("where", "value", "name"), [("tuned", float("nan"), f"{UP}.weight"), ("base", float("inf"), "model.norm.weight")]
+)
 def test_a_tensor_with_nan_or_infinity_is_named(tmp_path, plain, tuned, copy_of, where, value, name):
     def spoil(tensors):
         tensors[name].view(-1)[-1] = value
@@ -552,19 +515,6 @@ def test_a_changed_stack_of_experts_is_refused_unless_only_linear_leaves_it_out(
         extract(folder, base, tmp_path / "out", ExtractOptions(rank=2))
     report = extract(folder, base, tmp_path / "out", ExtractOptions(rank=2, only_linear=True))
     assert {t.name.rpartition(".")[2] for t in report.left_out if t.why == "expert"} == {"gate_up_proj", "down_proj"}
-
-
-def test_a_changed_stack_of_experts_that_the_files_call_a_weight_is_refused_too(tmp_path):
-    if hasattr(modeling_granitemoe, "GraniteMoeParallelExperts"):
-        pytest.skip("this version of transformers has Granite's stacks as modules, which are saved whole")
-    base = tiny.write_family(tmp_path / "base", "granitemoe", dtype="float32")
-    folder = tuned_from(base, tmp_path / "tuned", noise(only="layers.0"))
-    stack = r"layers\.0\.block_sparse_moe\.input_linear\.weight differs, .*layers\.0\.block_sparse_moe\.experts\.\w+,"
-    with pytest.raises(UsageError, match=stack):
-        extract(folder, base, tmp_path / "out", ExtractOptions(rank=2))
-    report = extract(folder, base, tmp_path / "out", ExtractOptions(rank=2, only_linear=True))
-    stacks = {f"model.layers.0.block_sparse_moe.{name}_linear.weight" for name in ("input", "output")}
-    assert stacks <= {tensor.name for tensor in report.left_out}
 
 
 def test_shards_pieces_and_threads_do_not_change_the_result(tmp_path, plain, tuned, monkeypatch):
@@ -623,13 +573,6 @@ def test_the_manifest_names_both_checkpoints_and_every_tensor_that_is_changed(tm
     verify(tmp_path / "out")
 
 
-def test_merging_onto_a_different_base_is_refused(tmp_path, plain, tuned, copy_of):
-    extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=2))
-    other = rewritten(copy_of(plain, "other"), lambda tensors: tensors["model.norm.weight"].mul_(1.001))
-    with pytest.raises(BaseMismatchError, match=r"model\.norm\.weight"):
-        merge(other, [tmp_path / "out"], tmp_path / "merged")
-
-
 def test_a_changed_tokenizer_is_copied_and_a_changed_configuration_only_reported(tmp_path, plain, tuned, copy_of):
     report = extract(tuned, plain, tmp_path / "same", ExtractOptions(rank=2))
     assert (report.tokenizer, report.config_differs) == ((), ())
@@ -641,17 +584,6 @@ def test_a_changed_tokenizer_is_copied_and_a_changed_configuration_only_reported
     assert set(report.tokenizer) == {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     verify(tmp_path / "out")
-
-
-def test_a_vocabulary_file_of_any_name_reaches_the_merged_checkpoint(tmp_path, plain, tuned, copy_of):
-    names = {"sentencepiece.bpe.model", "spm.model", "tekken.json", "its.tiktoken", "vocab-src.json"}
-    base, other = copy_of(plain, "base"), copy_of(tuned, "other")
-    for name in names:
-        (base / name).write_text("old")
-        (other / name).write_text("new")
-    assert names <= set(extract(other, base, tmp_path / "out", ExtractOptions(rank=2)).tokenizer)
-    merge(base, [tmp_path / "out"], tmp_path / "merged")
-    assert all((tmp_path / "merged" / name).read_text() == "new" for name in names)
 
 
 def test_a_dry_run_reads_no_weight_and_writes_nothing(tmp_path, plain, tuned):
@@ -727,49 +659,3 @@ def test_a_tied_embedding_that_is_saved_under_two_names_is_in_memory_once(run_cl
     named = [name for name in load_file(folders[2] / "adapter_model.safetensors") if "lora" not in name]
     assert len(named) == 2
     assert peaks[1] - peaks[0] < 1.7 * 2**19 * 64 * 2
-
-
-@pytest.mark.parametrize("named", ["GPT2Model", "GPT2DoubleHeadsModel"])
-def test_language_model_files_count_as_such_if_their_config_names_a_different_class(named, gpt2, copy_of, tmp_path):
-    """Tensor names decide: peft and evaluate run the language model on them, and its head counts as tied."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = copy_of(gpt2, "base")
-    edit_json(base / "config.json", architectures=[named])
-    lora = tiny.write_peft_adapter(tmp_path / "lora", gpt2, target_modules=["c_attn"], fan_in_fan_out=True)
-    merge(base, [lora], tmp_path / "tuned")
-    extract(tmp_path / "tuned", base, tmp_path / "out", ExtractOptions(rank=4))
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")(ids).logits
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
-        found, plain = model(ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits
-    assert (found - tuned).abs().max() < 1e-3 * (plain - tuned).abs().max()
-    assert check(tmp_path / "out", ["peft"], base=base).taken
-    both = tiny.write_peft_adapter(tmp_path / "both", gpt2, target_modules=["wte", "c_attn"], fan_in_fan_out=True)
-    with pytest.raises(BaseMismatchError, match="ties its head to its embedding"):
-        merge(base, [both], tmp_path / "merged")
-
-
-def test_a_changed_layer_that_transformers_splits_is_refused(tmp_path):
-    """Not a language model, so names determine what is linear; peft's model has no module named as in the files."""
-    import transformers
-
-    tiny.need_architecture("nomic_bert")
-    base, tuned = tmp_path / "base", tmp_path / "tuned"
-    config = transformers.NomicBertConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=1, intermediate_size=48, num_attention_heads=4
-    )
-    transformers.NomicBertForSequenceClassification(config).save_pretrained(base)
-    shutil.copytree(base, tuned)
-    tensors = load_file(base / "model.safetensors")
-    fused = next(name for name in tensors if name.endswith("Wqkv.weight"))
-    for name in (fused, fused.replace("Wqkv", "out_proj")):
-        tensors[name] += 0.1
-    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"Wqkv\.weight differs, but transformers splits it"):
-        extract(tuned, base, tmp_path / "adapter", ExtractOptions(rank=2))
-    assert not (tmp_path / "adapter").exists()
-    report = extract(tuned, base, tmp_path / "adapter", ExtractOptions(rank=2, target=("*.out_proj",)))
-    assert [module.module for module in report.modules] == [fused.removesuffix(".weight").replace("Wqkv", "out_proj")]

@@ -1,7 +1,6 @@
 """Adapters of every kind that peft writes are merged to what the running model computes, rounded once, or refused."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import mmap
@@ -15,7 +14,7 @@ import peft_formulas
 import pytest
 import tiny
 import torch
-from folders import edit_json, edited_tensors, tree
+from folders import edited_tensors, tree
 from peft_adapters import CASES, OF_EVERY_KIND, PREFIX, WEIGHTS
 from peft_formulas import HEAD, rounded_once, tensors_of
 from safetensors.torch import load_file, save_file
@@ -168,34 +167,25 @@ def assert_computes(out, case, judgement, tolerance, measure=torch.max):
     assert measure((logits - judgement.logits).abs()) < tolerance * measure(judgement.logits.abs())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_element_is_the_float64_result_rounded_once_and_every_byte_of_the_base_comes_back(tmp_path, judged, name):
-    case, judgement = judged(name)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "bfloat16") for name in CASES),
+        *((name, "float32") for name in OF_EVERY_KIND),
+        *((name, "float16") for name in ("experts_mixtral", "tokens_resized_tied", "everything_phi", "dora")),
+    ],
+)
+def test_every_element_is_the_float64_result_rounded_once_and_every_byte_of_the_base_comes_back(
+    tmp_path, judged, name, dtype
+):
+    case, judgement = judged(name, dtype)
     report = merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
     assert not any("does not select" in told for told in report.notes)
     assert_right(tmp_path / "out", case, judgement)
-    # The tolerance is for rounding to bfloat16, which routes a few tokens to different experts.
-    assert_computes(tmp_path / "out", case, judgement, 0.05, torch.mean)
-    verify(tmp_path / "out")
-    assert_undone(tmp_path / "out", [case.adapter], case.base)
-
-
-@pytest.mark.parametrize("name", OF_EVERY_KIND)
-def test_float32_logits_match_those_of_the_running_adapter(tmp_path, judged, name):
-    case, judgement = judged(name, "float32")
-    merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
-    assert_right(tmp_path / "out", case, judgement)
-    assert_computes(tmp_path / "out", case, judgement, 5e-6)
-    assert_undone(tmp_path / "out", [case.adapter], case.base)
-
-
-@pytest.mark.parametrize(
-    "name", ["experts_mixtral", "tokens_resized_tied", "everything_phi", "embedding_tied_ensured", "dora"]
-)
-def test_float16_elements_are_the_float64_result_rounded_once(tmp_path, judged, name):
-    case, judgement = judged(name, "float16")
-    merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
-    assert_right(tmp_path / "out", case, judgement)
+    if dtype == "bfloat16":  # whose rounding routes a few tokens to different experts
+        assert_computes(tmp_path / "out", case, judgement, 0.05, torch.mean)
+    elif dtype == "float32":
+        assert_computes(tmp_path / "out", case, judgement, 5e-6)
     assert_undone(tmp_path / "out", [case.adapter], case.base)
 
 
@@ -212,24 +202,6 @@ def test_the_bytes_do_not_depend_on_threads_nor_on_where_runs_of_rows_end(tmp_pa
     assert_undone(tmp_path / "rows", [case.adapter], case.base)
 
 
-@pytest.mark.parametrize(
-    ("name", "before", "after"),
-    [("resized", 8192, 8194), ("resized_tied", 8192, 3 * 8192), ("resized_embedding", 8194, 8192),
-     ("resized_dora_embedding", 8193, 2 * 8192), ("resized_embedding_tied", 8192, 3 * 8192)],
-)  # fmt: skip
-def test_vocabularies_are_restored_wherever_the_runs_of_rows_end(tmp_path, name, before, after):
-    """Runs of these embeddings have 8192 rows, so that some consist of added rows alone, as in models of real size."""
-    case = dataclasses.replace(CASES[name], vocabulary=after, shards=1)
-    base = tiny.write_llama(tmp_path / "base", tied=case.tied, layers=1)
-    with edited_tensors(base / "model.safetensors") as tensors:
-        for tensor in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
-            tensors[tensor] = torch.randn(before, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    edit_json(base / "config.json", vocab_size=before)
-    adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
-    merge(base, [adapter], tmp_path / "merged", options_for(case))
-    assert_undone(tmp_path / "merged", [adapter], base)
-
-
 @pytest.mark.parametrize("name", ["linear", "saved_both_tied", "resized_embedding", "dora", "tokens_tied"])
 def test_signed_zeros_and_extremes_of_changed_tensors_are_restored(tmp_path, judged, name):
     case, judgement = judged(name)
@@ -241,21 +213,6 @@ def test_signed_zeros_and_extremes_of_changed_tensors_are_restored(tmp_path, jud
                 tensors[key].view(-1)[:6] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, top, -top]).bfloat16()
     merge(base, [case.adapter], tmp_path / "merged", options_for(case.case))
     assert_undone(tmp_path / "merged", [case.adapter], base)
-
-
-@pytest.mark.parametrize(
-    ("name", "weight"),
-    [("linear_rslora", 0.5), ("dora", -2.0), ("dora_conv1d", 0.0), ("saved_both", 0.5), ("saved_mlp", 30.0),
-     ("tokens_tied", 0.5), ("biases_all", -1.3), ("lora_bias", 0.5), ("experts_qwen2", -2.0), ("router", 0.3),
-     ("embedding_tied", 30.0), ("tokens_both_tied", -1.3), ("everything_phi", 0.3), ("experts_mixtral", 0.0)],
-)  # fmt: skip
-def test_the_change_of_an_adapter_is_scaled_by_its_weight(tmp_path, judged, name, weight):
-    case, judgement = judged(name)
-    merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case, weights=(weight,)))
-    exact = peft_formulas.merged(judgement.files, [judgement.changes], (weight,))
-    assert_rounded_once(tensors_of(tmp_path / "out"), exact, judgement.files, by_norm(judgement))
-    if weight:
-        assert_undone(tmp_path / "out", [case.adapter], case.base)
 
 
 PAIRS = [
@@ -288,17 +245,9 @@ def test_two_adapters_add_the_changes_that_each_makes_to_the_base_alone(tmp_path
     assert_undone(tmp_path / "out", adapters, base)
 
 
-STEPS = [
-    ("resized", "linear"),
-    ("resized_embedding_tied", "saved_norms"),
-    ("embedding_tied", "tokens_tied"),
-    ("dora", "saved_mlp"),
-    ("experts_mixtral", "router_saved"),
-    ("biases_all", "everything_phi"),
-]
-
-
-@pytest.mark.parametrize("names", STEPS, ids=" then ".join)
+@pytest.mark.parametrize(
+    "names", [("resized", "linear"), ("embedding_tied", "tokens_tied"), ("experts_mixtral", "router_saved")]
+)
 def test_merges_of_merges_are_unmerged_in_reverse_order_from_the_last_alone(tmp_path, judged, names):
     first, second = (judged(name)[0] for name in names)
     base = shutil.copytree(first.base, tmp_path / "base")
@@ -346,22 +295,6 @@ def test_changes_that_would_untie_the_head_are_refused_without_untie(tmp_path, j
     assert_nothing_written(tmp_path)
 
 
-def test_the_command_line_unties_the_head_only_with_the_option_and_restores_the_base(tmp_path, judged, run_cli):
-    case, judgement = judged("head_tied")
-    error, hint = run_cli("merge", case.base, case.adapter, "-o", tmp_path / "out").refusal(4)
-    assert "lm_head" in error
-    assert "--untie" in hint
-    assert_nothing_written(tmp_path)
-    done = run_cli("merge", case.base, case.adapter, "-o", tmp_path / "out", "--untie")
-    assert done.code == 0, done.stderr
-    exact = peft_formulas.merged(judgement.files, [judgement.changes])
-    assert_rounded_once(tensors_of(tmp_path / "out"), exact, judgement.files)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
-    done = run_cli("unmerge", tmp_path / "out", "--adapter", case.adapter, "-o", tmp_path / "back")
-    assert done.code == 0, done.stderr
-    assert files_of(tmp_path / "back") == files_of(case.base)
-
-
 def test_a_second_adapter_that_changes_only_the_tied_embedding_is_refused(tmp_path, judged):
     """The first one changes embedding and head alike."""
     one, other = judged("embedding_tied_ensured")[0], judged("embedding_tied")[0]
@@ -375,9 +308,7 @@ def test_a_second_adapter_that_changes_only_the_tied_embedding_is_refused(tmp_pa
     [
         ("saved_tied_ensured", "lm_head.weight"),
         ("embedding_tied_ensured", "lm_head.lora_A.weight"),
-        ("embedding_tied_ensured", "lm_head.base_layer.weight"),
         ("resized_tied", "lm_head.weight"),
-        ("resized_tied_ensured", "lm_head.weight"),
         ("resized_embedding_tied_ensured", "lm_head.base_layer.weight"),
         ("tokens_resized_tied", "lm_head.token_adapter.trainable_tokens_delta"),
     ],
@@ -438,12 +369,9 @@ def with_name(adapter: str) -> Callable[[str], str]:
 NAMES: dict[str, Callable[[str], str]] = {
     "no prefix": lambda key: key.removeprefix(PREFIX),
     "of the model without its head": lambda key: key.replace(f"{PREFIX}model.", PREFIX),
-    "of the model without its head, no prefix": lambda key: key.removeprefix(f"{PREFIX}model."),
     "another name of the adapter": with_name("my-run_2"),
-    "compiled": lambda key: f"_orig_mod.{key}",
     "compiled inside": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
     "data parallel, no prefix": lambda key: f"module.{key.removeprefix(PREFIX)}",
-    "data parallel inside": lambda key: key.replace(PREFIX, f"{PREFIX}module."),
     "sharded": lambda key: "_fsdp_wrapped_module." + in_layers("_fsdp_wrapped_module")(key),
     "checkpointed": in_layers("_checkpoint_wrapped_module"),
     "all of these": lambda key: (
@@ -656,29 +584,6 @@ def test_every_level_of_the_configuration_that_has_a_value_is_updated(tmp_path, 
     where = {"top": found, "text_config": found["text_config"]}
     assert {level: part[key] for level, part in where.items() if key in part} == expected
     assert found["text_config"]["other"] == 1
-
-
-def test_an_untied_head_is_recorded_where_every_release_of_transformers_looks(tmp_path):
-    """Release 5 reads whether a head is tied from the top level, 4 from text_config, whose default may be tied."""
-    base, adapter = tiny.write_llava(tmp_path / "base", older=False), tmp_path / "adapter"
-    with edited_tensors(base / "model.safetensors") as tensors:
-        del tensors["language_model.lm_head.weight"]
-    config = json.loads((base / "config.json").read_text())
-    config.pop("tie_word_embeddings", None)
-    config["text_config"].pop("tie_word_embeddings", None)
-    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    adapter.mkdir()
-    rows = len(tensors["language_model.model.embed_tokens.weight"])
-    halves = {"lora_A": torch.randn(2, 64), "lora_B": torch.randn(rows, 2)}
-    save_file(
-        {f"{PREFIX}lm_head.{half}.weight": v for half, v in halves.items()}, adapter / "adapter_model.safetensors"
-    )
-    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["lm_head"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(said))
-    merge(base, [adapter], tmp_path / "merged", MergeOptions(untie=True))
-    written = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert written["tie_word_embeddings"] is False
-    assert written["text_config"]["tie_word_embeddings"] is False
 
 
 def test_memory_does_not_hold_the_undo_record(tmp_path):

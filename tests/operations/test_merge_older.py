@@ -73,14 +73,3 @@ def test_embeddings_trained_without_gemma_3s_scale_are_reported(lora, tmp_path):
         peft_adapters.change_config(adapter, peft_version=version)
         report = merge(base, [adapter], tmp_path / version, MergeOptions(untie=True))
         assert any("embed_tokens without the factor √hidden_size" in line for line in report.notes) == is_said
-
-
-def test_a_resized_head_that_older_releases_did_not_save_is_refused(tmp_path):
-    case = peft_adapters.CASES["resized_saved_embedding_tied"]
-    base = peft_adapters.write_base(tmp_path / "base", case)
-    adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
-    peft_adapters.change_tensors(adapter, lambda tensors: tensors.pop("base_model.model.lm_head.weight"))
-    peft_adapters.change_config(adapter, peft_version="0.11.1")
-    for untie in (False, True):
-        with pytest.raises(BaseMismatchError):
-            merge(base, [adapter], tmp_path / "merged", MergeOptions(untie=untie))

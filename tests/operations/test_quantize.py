@@ -232,23 +232,6 @@ def test_a_checkpoint_that_cannot_be_quantized_is_refused(request, copy_of, tmp_
     assert not list(tmp_path.glob("out*"))
 
 
-def test_if_every_weight_is_skipped_one_is_named_with_the_reason(llama, tmp_path):
-    """Regression: the error said that no weight may be quantized."""
-    with pytest.raises(CheckpointError, match=r"(?m)such as \S+_proj\.weight \(skipped by --skip\)$") as caught:
-        quantize(llama, tmp_path / "out", QuantizeOptions(skip=("*",)))
-    assert "--skip" in caught.value.hint
-
-
-def test_a_repaired_source_is_quantized_anew_and_nothing_stale_remains(llama, llama_nf4, copy_of, tmp_path):
-    source = rewritten(copy_of(llama), with_value(UP, (0, 0), math.nan))
-    with pytest.raises(NonFiniteError):
-        quantize(source, tmp_path / "out", QuantizeOptions(max_shard_bytes=30_000))
-    (source / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
-    quantize(source, tmp_path / "out")
-    assert tree(tmp_path / "out") == tree(llama_nf4)
-    assert not (tmp_path / "out.partial").exists()
-
-
 @pytest.mark.parametrize("options", [{"block_size": 48}, {"block_size": 16}, {"max_shard_bytes": 0}, {"moe": "int3"}])
 def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
@@ -296,9 +279,3 @@ def test_an_error_that_overflows_is_null_in_the_json_report(llama, copy_of, tmp_
     assert report["relative_error"] is None
     assert {other for other, error in errors.items() if error is None} == {name}
     assert "nan" not in run_cli("quantize", source, "-o", tmp_path / "shown").stdout
-
-
-def test_kinds_of_tensors_that_stay_are_counted_as_nouns_and_phrases_left_alone(llama, tmp_path, run_cli):
-    skip = [*("--skip", "*.mlp.*"), "--dry-run"]
-    told = run_cli("quantize", llama, "-o", tmp_path / "out", *skip).stdout
-    assert "1 embedding, 5 norms, 6 skipped by --skip\n" in told

@@ -6,7 +6,7 @@ import peft_adapters
 import pytest
 import tiny
 import torch
-from folders import changes_of, edit_json, edited_tensors, tree
+from folders import changes_of, edited_tensors, tree
 from peft_formulas import logits
 from safetensors.torch import load_file
 
@@ -236,11 +236,3 @@ def test_copies_of_the_base_and_the_tokenizer_are_copied(made, tmp_path, copy_of
     ]
     assert shapes[0] == shapes[1]
     assert shapes[0]["model.embed_tokens.weight"][0] == peft_adapters.GREATER_VOCABULARY
-
-
-@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
-def test_the_task_type_is_unchanged_even_if_it_is_none(task, wide, tmp_path, copy_of):
-    adapter = copy_of(wide)
-    edit_json(adapter / "adapter_config.json", task_type=task)
-    resize(adapter, tmp_path / "out", ResizeOptions(rank=2))
-    assert read_adapter(tmp_path / "out").config["task_type"] == task

@@ -257,27 +257,6 @@ def test_the_manifest_records_everything_that_the_result_depends_on(tmp_path, pa
     assert report.settings == settings
 
 
-def test_a_dry_run_reports_the_same_and_writes_nothing(tmp_path, parts):
-    options = StackOptions("ties", WEIGHTS, rank=2)
-    counts = []
-    told = stack(parts, tmp_path / "out", options, dry_run=True, progress=lambda *now: counts.append(now))
-    assert counts == [(number, 14) for number in range(1, 15)]
-    assert list(tmp_path.iterdir()) == []
-    assert (told.tensors_root, told.manifest_sha256) == (None, None)
-    made = stack(parts, tmp_path / "out", options)
-    assert told.per_module == made.per_module
-    assert told.energy_kept == made.energy_kept
-
-
-def test_sums_of_gpt2_adapters_equal_the_sum_of_what_peft_computes(tmp_path, gpt2):
-    parts = [tiny.write_peft_adapter(tmp_path / name, gpt2, seed=seed) for name, seed in (("a", 1), ("b", 2))]
-    each = [through_peft(gpt2, folder) for folder in parts]
-    stack(parts, tmp_path / "out", StackOptions("linear", (2.0, 0.5)))
-    for module, matrix in through_peft(gpt2, tmp_path / "out").items():
-        wanted = 2 * each[0][module] + 0.5 * each[1][module]
-        assert (matrix - wanted).norm() <= 1e-6 * wanted.norm()
-
-
 @EMBEDDING_ADVICE
 @pytest.mark.parametrize("method", ["cat", "ties", "knots"])
 def test_embeddings_stay_embeddings(tmp_path, method):
@@ -339,10 +318,7 @@ def test_weights_of_which_nothing_is_left_or_too_much_are_refused(tmp_path, part
     [
         ("cat", {"density": 0.5}, "cat does not use --density", "it uses no option"),
         ("ties", {"seed": 1}, "ties does not use --seed", "it uses --density, --lambda"),
-        ("dare", {"lambda": 2.0}, "dare does not use --lambda", "it uses --density, --seed"),
         ("della", {"gamma": 0.1}, "della does not use --gamma", "it uses --density, --epsilon, --lambda, --seed"),
-        ("breadcrumbs", {"epsilon": 0.1}, "does not use --epsilon", "it uses --density, --gamma, --lambda"),
-        ("iso", {"density": 0.1}, "iso does not use --density", "it uses --lambda"),
         ("ties", {"density": 7.0}, "density: .*found 7.0", "is kept"),
     ],
 )
@@ -399,16 +375,6 @@ def test_embeddings_that_do_not_fit_together_are_refused(tmp_path, copy_of):
         with pytest.raises(AdapterError, match=error):
             stack([one, second], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_task_type_is_copied_if_all_adapters_have_the_same(tmp_path, parts, copy_of):
-    classifiers = [copy_of(folder) for folder in parts]
-    for folder in classifiers:
-        edit_json(folder / "adapter_config.json", task_type="SEQ_CLS")
-    stack(classifiers, tmp_path / "same")
-    stack([classifiers[0], parts[1]], tmp_path / "mixed")
-    assert read_adapter(tmp_path / "same").config["task_type"] == "SEQ_CLS"
-    assert read_adapter(tmp_path / "mixed").config["task_type"] is None
 
 
 def test_different_tokenizers_are_refused(tmp_path, parts, copy_of):

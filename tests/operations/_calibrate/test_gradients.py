@@ -1,9 +1,6 @@
 """Gradients measured layer by layer equal those that autograd computes on the whole model."""
 
-import contextlib
-import errno
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +11,9 @@ from folders import edited_tensors
 from torch import nn
 
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import NonFiniteError
 from adaptkit.operations._calibrate import gradients, replay
-from adaptkit.operations._calibrate.layerwise import Collector, layer_moments
+from adaptkit.operations._calibrate.layerwise import layer_moments
 
 FAMILIES = ["llama", "qwen2", "gemma", "phi", "mixtral", "gpt2", "gemma4_text"]
 
@@ -162,40 +158,3 @@ def test_input_moments_equal_those_of_layer_moments(name, family, layer_gradient
     assert set(found) == set(forward)
     for path, moments in found.items():
         assert np.allclose(moments.mean_square, forward[path].mean_square, rtol=1e-5), path
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma4_text"])
-def test_the_total_size_of_all_outputs_is_reserved_after_the_first_is_written(name, family, tmp_path, monkeypatch):
-    monkeypatch.setattr(replay, "BATCH_TOKENS", 40)
-    told = []
-
-    def reserve(nbytes):
-        told.append((nbytes, len(list(tmp_path.iterdir()))))
-
-    next(gradients.layer_gradients(Checkpoint(family(name)), windows(4), tmp_path, reserve=reserve))
-    assert told == [(sum(path.stat().st_size for path in tmp_path.iterdir()), 1)]
-
-
-def test_a_full_disk_is_reported_with_the_folder_and_a_hint(family, tmp_path, monkeypatch):
-    def full(path, content):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DiskError) as caught:
-        next(gradients.layer_gradients(Checkpoint(family("llama")), windows(), tmp_path))
-    assert str(tmp_path) in caught.value.message
-    assert caught.value.hint == "free some space, and run the same command again; it repeats the measurement"
-
-
-@pytest.mark.parametrize("collector", [gradients._Collector(), Collector(products=False)])
-@pytest.mark.parametrize("error", [NonFiniteError, KeyboardInterrupt])
-def test_collectors_remove_their_hooks_even_after_an_error(collector, error):
-    linears = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
-
-    def hooked():
-        return [bool(linear._forward_hooks or linear._forward_pre_hooks) for linear in linears.values()]
-
-    with contextlib.suppress(error), collector.watching(linears):
-        assert hooked() == [True, True]
-        raise error("stopped")
-    assert hooked() == [False, False]

@@ -355,12 +355,3 @@ def test_inspect_prints_the_lineage_as_text_json_and_mermaid(run_cli, family):
         ("two", "adapter", "both"),
     ]
     assert run_cli("inspect", family / "both", "--mermaid", "--json").code == 2
-
-
-def test_merge_refuses_a_different_base_of_the_same_shapes(run_cli, copied, tmp_path):
-    other = tiny.write_llama(tmp_path / "other-base", seed=9)
-    error, hint = run_cli("merge", other, copied / "one", "-o", tmp_path / "out").refusal(4)
-    assert "was trained on" in error
-    assert "right base" in hint
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
