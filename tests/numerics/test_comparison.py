@@ -193,6 +193,12 @@ def test_a_tally_of_pieces_matches_whole_tensors(numbers, dtype, other_dtype, pi
         assert tally.changed == sum(unlike)
 
 
+def test_a_tally_counts_zeros_of_different_sign_as_changed():
+    tally = Tally()
+    tally.add(np.array([0.0, 1.0]), np.array([-0.0, 1.0]))
+    assert (tally.changed, tally.norms) == (1, (1.0, 1.0, 0.0))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_tally_with_nan_or_infinity_has_no_norms(bad):
     tally = Tally()
