@@ -609,17 +609,6 @@ def test_a_source_that_changes_during_extraction_is_refused(tmp_path, plain, tun
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"rank": 2, "energy": 0.9}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"energy": float("nan")},
-     {"energy": 0.9, "max_rank": 0}, {"rank": 2, "max_rank": 8}, {"rank": 2, "oversampling": -1},
-     {"rank": 2, "iterations": 0}, {"rank": 2, "seed": -1}, {"rank": 2, "threads": 0}],
-)  # fmt: skip
-def test_invalid_options_are_refused(options):
-    with pytest.raises(UsageError):
-        ExtractOptions(**options)
-
-
 def write_matrix(folder, rows, columns, seed):
     """Write a bfloat16 checkpoint of one linear layer, without an architecture."""
     folder.mkdir()

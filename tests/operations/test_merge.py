@@ -16,7 +16,6 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from undo_frames import frames
 
-from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.manifest import parent_of, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
@@ -27,7 +26,6 @@ from adaptkit.errors import (
 )
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import TensorSpec
-from adaptkit.numerics.tensors import as_array
 from adaptkit.operations._merge.edits import AdapterStep, Edit
 from adaptkit.operations._merge.folding import Fold, find_lengths, jobs_of
 from adaptkit.operations.merge import MergeOptions, merge
@@ -121,23 +119,6 @@ def test_headers_and_files_without_weights_are_copied_unchanged(tmp_path, llama,
     verify(tmp_path / "out")
     merge(llama, [adapter], tmp_path / "one file")
     assert_equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "one file"))
-
-
-def test_the_manifest_records_parents_weights_and_fingerprints_but_no_paths(tmp_path, llama, adapter, second_adapter):
-    merge(llama, [adapter, second_adapter], tmp_path / "out", MergeOptions(weights=(1.0, 0.25)))
-    manifest, base = require_manifest(tmp_path / "out"), tensors_of(llama)
-    assert manifest.kind == "merged"
-    assert [(p.role, p.kind, p.weight) for p in manifest.parents] == [
-        ("base", "checkpoint", None),
-        ("adapter", "adapter", 1.0),
-        ("adapter", "adapter", 0.25),
-    ]
-    assert {f"{t.module}.weight": t.base_xxh3_128 for t in manifest.targets} == {
-        name: fingerprint(as_array(base[name])) for name in expected_merge(llama, [adapter], [1.0])[1]
-    }
-    text = manifest.to_bytes().decode()
-    assert str(llama) not in text
-    assert str(adapter) not in text
 
 
 @pytest.mark.parametrize("change", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["up_proj"]}])
@@ -325,10 +306,9 @@ def test_a_base_and_an_adapter_that_do_not_fit_are_refused_and_the_tensor_named(
         (0, (), "no adapter"),
         (1, (1.0, 2.0), r"(?m)^2 weights for 1 adapter$"),
         (2, (1.0,), r"(?m)^1 weight for 2 adapters$"),
-        *((1, (weight,), "weight") for weight in (math.nan, math.inf, 10**400)),
     ],
 )
-def test_invalid_weights_and_no_adapters_are_refused(tmp_path, llama, adapter, count, weights, error):
+def test_other_numbers_of_weights_and_no_adapters_are_refused(tmp_path, llama, adapter, count, weights, error):
     with pytest.raises(UsageError, match=error):
         merge(llama, [adapter] * count, tmp_path / "out", MergeOptions(weights=weights))
 

@@ -14,7 +14,7 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
-from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
+from adaptkit.errors import AdapterError, BaseMismatchError
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.verify import verify
@@ -202,16 +202,6 @@ def test_companions_dora_magnitudes_and_replaced_tensors_are_refused(tmp_path, l
         with pytest.raises(AdapterError, match=error):
             resize(folder, tmp_path / "out", ResizeOptions(rank=2))
     assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"rank": 2, "energy": 0.9}, {"rank": 0}, {"rank": -1}, {"energy": 0.0}, {"energy": 1.5},
-     {"energy": float("nan")}, {"rank": 2, "threads": 0}],
-)  # fmt: skip
-def test_invalid_options_are_refused(options):
-    with pytest.raises(UsageError):
-        ResizeOptions(**options)
 
 
 def test_copies_of_the_base_and_the_tokenizer_are_copied(made, tmp_path, copy_of):

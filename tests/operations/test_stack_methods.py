@@ -243,20 +243,6 @@ def test_integers_and_equal_floats_give_the_same_result(tmp_path, parts):
             StackOptions("dare", settings={"seed": seed})
 
 
-def test_the_manifest_records_everything_that_the_result_depends_on(tmp_path, parts):
-    settings = {"density": 0.3, "lambda": 2.0}
-    report = stack(parts, tmp_path / "out", StackOptions("ties", WEIGHTS, energy=0.9, settings=settings, threads=1))
-    options = require_manifest(tmp_path / "out").operation["options"]
-    assert options == {
-        "method": "ties",
-        "source": load(stacking, "ties", "METHOD").source,
-        "weights": list(WEIGHTS),
-        "energy": 0.9,
-        **settings,
-    }
-    assert report.settings == settings
-
-
 @EMBEDDING_ADVICE
 @pytest.mark.parametrize("method", ["cat", "ties", "knots"])
 def test_embeddings_stay_embeddings(tmp_path, method):
@@ -326,12 +312,6 @@ def test_unused_or_invalid_options_of_a_method_are_refused_with_a_fitting_hint(m
     with pytest.raises(UsageError, match=message) as caught:
         StackOptions(method, settings=settings)
     assert hint in caught.value.hint
-
-
-@pytest.mark.parametrize("options", [{"rank": 4, "energy": 0.9}, {"rank": 0}, {"energy": 1.1}, {"threads": 0}])
-def test_invalid_limits_are_refused(options):
-    with pytest.raises(UsageError):
-        StackOptions(**options)
 
 
 @pytest.mark.parametrize(
