@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,20 +28,6 @@ def test_disk_faults_and_power_cuts_lose_nothing_with_any_command(tallies):
         assert tally["changes"] == (0 if name in ("pull", "run") else 1), name
         assert tally["cuts"] == (0 if name == "publish" else 6), name
         assert tally["identical"] == tally["cuts"] + tally["faults"] + tally["harmless"], name
-
-
-def test_real_disks_that_are_too_small_or_read_only_lose_nothing(tmp_path):
-    own = ["unshare", "--user", "--map-root-user", "--mount"]
-    if shutil.which("unshare") is None or subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", tmp_path]).returncode:
-        pytest.skip("mounting in a user namespace is not allowed")
-    here = Path(__file__).parent
-    variables = os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here.parents[1] / 'fixtures'}:{here}"}
-    command = [*own, sys.executable, here / "small_disks.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
-    assert done.stdout, done.stderr
-    found = json.loads(done.stdout)
-    assert found == {name: [3, []] for name in found}
-    assert len(found) == 10
 
 
 @pytest.mark.parametrize(
@@ -73,17 +58,16 @@ def test_every_disk_error_has_a_hint():
         assert DISK_HINTS[code]
 
 
-@pytest.mark.parametrize(("bytes_allowed", "hint"), [(4096, "ulimit -f"), (100, "ulimit -f")])
-def test_exceeding_the_file_size_limit_gets_a_hint_that_names_the_limit(llama, tmp_path, run_cli, bytes_allowed, hint):
+def test_exceeding_the_file_size_limit_gets_a_hint_that_names_the_limit(llama, tmp_path, run_cli):
     """Here, the error comes from the system itself, unlike the simulated ones above."""
     code = (
         "import resource, sys; from adaptkit.cli.main import main;"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_allowed}, {bytes_allowed}));"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
         f"sys.argv = ['adaptkit', 'quantize', {str(llama)!r}, '-o', {str(tmp_path / 'out')!r}]; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert hint in done.stderr.splitlines()[-1]
+    assert "ulimit -f" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
     assert run_cli("quantize", llama, "-o", tmp_path / "out").code == 0

@@ -179,13 +179,12 @@ def interrupted(config, tmp_path):
 
 
 def test_any_damage_to_a_checkpoint_is_detected(interrupted):
-    """Each file is truncated, emptied, extended, removed, or has a bit flipped: all bits of the record, many others."""
+    """Each file is truncated, emptied, extended, removed, or has one of many bits flipped."""
     for path in sorted((interrupted / "checkpoint-5").iterdir()):
         content = path.read_bytes()
         bits = 8 * len(content)
-        flipped = range(bits) if path.name == "checkpoint.json" else range(0, bits, max(1, bits // 97))
         variants = [content[: len(content) // 2], b"", content[:-1], content + b"\0"]
-        for bit in flipped:
+        for bit in range(0, bits, max(1, bits // 97)):
             changed = bytearray(content)
             changed[bit // 8] ^= 1 << bit % 8
             variants.append(bytes(changed))
