@@ -63,6 +63,11 @@ class Block:
     first: Any
     last: Any
 
+    def scores(self) -> int:
+        """Return the number of pairs of a query and a key."""
+        heads, keys = self.heads, self.keys
+        return int(self.first.size * (heads.stop - heads.start) * (keys.stop - keys.start))
+
     def of_queries(self, tensor: Tensor) -> Tensor:
         """Select (heads, rows · group, …) of (batch, key_heads, queries, group, …): a view if that is contiguous."""
         return tensor[self.sample, self.heads, self.rows].flatten(1, 2)
