@@ -1,0 +1,103 @@
+"""Weights that are integers of few bits: (code - zero point) * scale, with constants shared by groups of a row.
+
+Codes are packed into streams of bits, lowest first, in words of 32 bits: column c of a row of b bits lies at bits
+[c b, (c + 1) b). ``w4a16``, ``awq`` and ``gptq`` say along which axis their streams run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from adaptkit.errors import CheckpointError
+from adaptkit.formats._format import GET_AGAIN, Files
+from adaptkit.numerics.dtypes import Array, cast
+from adaptkit.numerics.spec import TensorSpec
+
+WORD = 32
+"""Number of bits in a word."""
+_READ_AT_A_TIME = 1 << 18
+"""Number of bytes of a transposed tensor read at a time, so that they stay in the cache."""
+
+
+def unpack(words: Array, bits: int, count: int) -> Array:
+    """Return the codes in streams of bits.
+
+    Args:
+        words: (streams, ceil(count * bits / 32)) of any type of four bytes, little-endian.
+        bits: of a code, 1 to 8.
+        count: number of codes in a stream.
+
+    Returns:
+        (streams, count) uint8.
+    """
+    raw = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return raw[:, :count]
+    if 8 % bits:  # codes cross bytes
+        stream = np.unpackbits(raw, axis=1, count=count * bits, bitorder="little").reshape(len(raw), count, bits)
+        return np.packbits(stream, axis=2, bitorder="little")[..., 0]
+    shifts, mask = np.arange(0, 8, bits, dtype=np.uint8), np.uint8((1 << bits) - 1)
+    return (raw[..., None] >> shifts & mask).reshape(len(raw), -1)[:, :count]
+
+
+def read_columns(files: Files, spec: TensorSpec, start: int, stop: int) -> Array:
+    """Read some columns of a matrix of words: (rows, stop - start); all of it passes through memory, in slices."""
+    rows, columns = spec.shape
+    found = np.empty((rows, stop - start), np.int32)
+    step = max(1, _READ_AT_A_TIME // (4 * columns))
+    for first in range(0, rows, step):
+        part = files.read_flat(spec.name, first * columns, min(step, rows - first) * columns)
+        found[first : first + step] = part.reshape(-1, columns)[:, start:stop]
+    return found
+
+
+def multiply(codes: Array, zeros: Array, scales: Array, groups: Array, out: Array) -> None:
+    """Write (code - zero point) * scale in float32, rounded once to the dtype of ``out``.
+
+    Args:
+        codes: (rows, columns) uint8.
+        zeros: (rows, groups) of a signed integer type, or (1, 1).
+        scales: (rows, groups) float32.
+        groups: (columns,), the group of each column.
+        out: (rows, columns), of any float dtype.
+    """
+    wide = zeros if zeros.shape[1] == 1 else zeros[:, groups]
+    values = (codes.astype(np.int16) - wide.astype(np.int16)).astype(np.float32)
+    values *= scales if scales.shape[1] == 1 else scales[:, groups]
+    out[:] = values
+
+
+def read_scales(spec: TensorSpec, values: Array) -> Array:
+    """Return scales as float32.
+
+    Raises:
+        CheckpointError: one is 0 or not finite.
+    """
+    scales = cast(values, np.float32)
+    bad = ~np.isfinite(scales) | (scales == 0)
+    if bad.any():
+        raise CheckpointError(f"{spec.name}: a scale is {scales[bad][0]:g}", hint=GET_AGAIN)
+    return scales
+
+
+def require(spec: TensorSpec, types: tuple[str, ...], shape: tuple[int, ...]) -> TensorSpec:
+    """Check type and shape of a part, and return its spec.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    if spec.dtype not in types or spec.shape != shape:
+        expected = f"{' or '.join(types)} {list(shape)}"
+        raise CheckpointError(f"{spec.name}: is {spec.dtype} {list(spec.shape)}; expected {expected}", hint=GET_AGAIN)
+    return spec
+
+
+def spec_of(files: Files, name: str) -> TensorSpec:
+    """Return the spec of a part.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
+    if name not in files.tensors:
+        raise CheckpointError(f"{files.root}: {name} is missing", hint=GET_AGAIN)
+    return files.spec(name)
