@@ -27,7 +27,8 @@ from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.spec import FLOATS
 
 _PACKED = ".weight_packed"
-_PARTS = (_PACKED, ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale")
+_SCALE = ".weight_scale"
+_PARTS = (_PACKED, _SCALE, ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale")
 _OTHERS = (".weight_bitmask", ".compressed", ".row_offsets")
 
 
@@ -45,6 +46,8 @@ class W4a16(Format):
     def weight_at(self, files: Files, name: str) -> PackedIntegers | None:
         """Return the weight whose codes a tensor holds; see ``Format``."""
         codes = files.spec(name)
+        if name.endswith(_SCALE):
+            _check_layout(files, name)
         if not name.endswith(_PACKED) or codes.dtype != "I32":
             return None
         begin = name.removesuffix("_packed")
@@ -121,6 +124,15 @@ class PackedIntegers(StoredWeight):
                 f"{self.name}_g_idx: names group {found.max()} of {groups}, or one below 0", hint=GET_AGAIN
             )
         return found
+
+
+def _check_layout(files: Files, scales: str) -> None:
+    codes = scales.removesuffix(_SCALE) + _PACKED
+    if codes not in files.tensors or files.spec(codes).dtype != "I32":
+        raise CheckpointError(
+            f"{files.root}: {scales} is of a layout of compressed-tensors that is not supported: only pack-quantized is",
+            hint="use the 16-bit checkpoint",
+        )
 
 
 def _shape(files: Files, begin: str) -> tuple[int, int]:

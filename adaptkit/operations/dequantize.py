@@ -77,7 +77,7 @@ def dequantize(
 
     Args:
         source: folder of a checkpoint quantized by adaptkit, or to 4 bits by bitsandbytes, or released in FP8 (with
-            scales for blocks, as DeepSeek-V3) or MXFP4 (gpt-oss).
+            scales for blocks, as DeepSeek-V3), MXFP4 (gpt-oss), AWQ, GPTQ, or integers packed by compressed-tensors.
         output: folder to make.
         options: see ``DequantizeOptions``.
         force: replace an existing output.

@@ -66,8 +66,8 @@ def test_checkpoints_that_are_not_quantized_or_by_another_tool_are_refused(llama
     with pytest.raises(CheckpointError, match="no quantized weights"):
         dequantize(llama, tmp_path / "out")
     folder = copy_of(llama)
-    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(CheckpointError, match="quantized with gptq, which is not supported"):
+    edit_json(folder / "config.json", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(CheckpointError, match="quantized with hqq, which is not supported"):
         dequantize(folder, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

@@ -21,7 +21,8 @@ def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool,
     """Convert the quantized checkpoint SOURCE back to a plain one.
 
     SOURCE was quantized by adaptkit, or to 4 bits by bitsandbytes, or
-    released in FP8 with scales for blocks (DeepSeek-V3) or MXFP4 (gpt-oss).
+    released in FP8 with scales for blocks (DeepSeek-V3), MXFP4 (gpt-oss), AWQ,
+    GPTQ, or integers packed by compressed-tensors.
     """
     from adaptkit.operations.dequantize import dequantize
 

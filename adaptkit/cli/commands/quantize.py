@@ -37,8 +37,8 @@ def command(
     """Quantize the checkpoint SOURCE to NF4, FP4 or int8.
 
     transformers with bitsandbytes, vLLM and unsloth load NF4 and FP4; only adaptkit loads int8.
-    SOURCE has 16- or 32-bit weights, or was released in FP8 with scales for blocks (DeepSeek-V3)
-    or MXFP4 (gpt-oss).
+    SOURCE has 16- or 32-bit weights, or was released in FP8 with scales for blocks (DeepSeek-V3),
+    MXFP4 (gpt-oss), AWQ, GPTQ, or integers packed by compressed-tensors.
     """
     from adaptkit.operations.quantize import quantize
 
