@@ -1,4 +1,4 @@
-"""A checkpoint released in few bits, such as FP8, MXFP4 or GPTQ, read as the 16-bit checkpoint that it stands for, without writing that."""
+"""A checkpoint released in few bits, as FP8, MXFP4 or GPTQ, read as the 16-bit one that it stands for, unwritten."""
 
 import hashlib
 import shlex

@@ -130,7 +130,7 @@ def _check_layout(files: Files, scales: str) -> None:
     codes = scales.removesuffix(_SCALE) + _PACKED
     if codes not in files.tensors or files.spec(codes).dtype != "I32":
         raise CheckpointError(
-            f"{files.root}: {scales} is of a layout of compressed-tensors that is not supported: only pack-quantized is",
+            f"{files.root}: {scales} is of a layout of compressed-tensors that is not supported, not pack-quantized",
             hint="use the 16-bit checkpoint",
         )
 
