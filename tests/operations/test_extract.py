@@ -485,10 +485,10 @@ def test_mismatched_checkpoints_are_refused_naming_a_tensor(tmp_path, plain, tun
 
 def test_a_quantized_checkpoint_is_refused_with_the_reason(tmp_path, plain, tuned, copy_of):
     other = copy_of(tuned, "other")
-    edit_json(other / "config.json", quantization_config={"quant_method": "gptq"})
+    edit_json(other / "config.json", quantization_config={"quant_method": "hqq"})
     quantize(tuned, tmp_path / "nf4")
     for pair, ours in (((tmp_path / "nf4", plain), True), ((plain, tmp_path / "nf4"), True), ((other, plain), False)):
-        named = "bitsandbytes" if ours else "gptq"
+        named = "bitsandbytes" if ours else "hqq"
         with pytest.raises(CheckpointError, match=f"quantized with {named}; the difference would mostly be") as caught:
             extract(*pair, tmp_path / "out", ExtractOptions(rank=2))
         assert ("dequantize" in caught.value.hint) == ours

@@ -734,7 +734,7 @@ def test_a_config_json_that_differs_from_the_manifest_is_refused(config, copy_of
 def test_a_method_that_only_a_changed_config_json_excludes_is_not_blamed(config, llama, tmp_path, run_cli):
     base = tmp_path / "base"
     assert run_cli("adopt", llama, "-o", base).code == 0
-    edit_json(base / "config.json", quantization_config={"quant_method": "gptq"})
+    edit_json(base / "config.json", quantization_config={"quant_method": "hqq"})
     run = run_cli(*command(replace(config, base=str(base)), tmp_path / "adapter"))
     assert run.code == 3
     assert run.stderr.startswith(f"error: {base}: config.json has ")
