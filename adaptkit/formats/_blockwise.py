@@ -49,6 +49,9 @@ class Blockwise(WritableFormat):
     book: Codebook | None = None
     owner: ClassVar[str]
     method: ClassVar[str]
+    block_sizes = (64, 32, 128, 256, 512, 1024, 2048, 4096)
+    has_double_quant = True
+    holds_conv1d = True
 
     @abstractmethod
     def quantize(self, values: Array, block_size: int, measure: bool) -> tuple[Array, Array, Array | None]:
@@ -110,11 +113,16 @@ class Blockwise(WritableFormat):
     def check(self, encoding: Encoding) -> None:
         """See ``WritableFormat``."""
         check_block_size(encoding.block_size)
+        super().check(encoding)
 
     def refusal(self, shape: tuple[int, ...], encoding: Encoding) -> str:
         """See ``WritableFormat``: no block may span two matrices of a stack, so that each has whole bytes."""
         straddles = len(shape) == 3 and shape[1] * shape[2] % encoding.block_size != 0
         return "size is not a multiple of the block size" if straddles else ""
+
+    def unit(self, weight: TensorSpec, encoding: Encoding) -> int:
+        """See ``WritableFormat``."""
+        return encoding.block_size
 
     def specs(self, weight: TensorSpec, encoding: Encoding) -> list[TensorSpec]:
         """See ``WritableFormat``."""
@@ -136,7 +144,9 @@ class Blockwise(WritableFormat):
         state += -(sum(spec.nbytes for spec in small + floats) + state) % 8
         return [*small, TensorSpec(name + self.state_suffix, "U8", (state,)), *floats]
 
-    def encode(self, values: Array, encoding: Encoding, measure: bool = False) -> EncodedPiece:
+    def encode(
+        self, values: Array, weight: TensorSpec, encoding: Encoding, top: float = 0.0, measure: bool = False
+    ) -> EncodedPiece:
         """See ``WritableFormat``.
 
         Returns:
@@ -148,16 +158,16 @@ class Blockwise(WritableFormat):
         codes, absmax, moments = self.quantize(values, encoding.block_size, measure)
         if not all_finite(absmax):  # elements are searched only then
             check_finite(cast(values, np.float32))
-        return EncodedPiece(codes, absmax, moments)
+        return EncodedPiece(codes, absmax, moments=moments)
 
-    def gather(self, weight: TensorSpec, encoding: Encoding) -> _Constants:
+    def gather(self, weight: TensorSpec, encoding: Encoding, top: float = 0.0) -> _Constants:
         """See ``WritableFormat``."""
         return _Constants(self, weight, encoding)
 
     def round_trip(self, values: Array, encoding: Encoding) -> Array:
         """See ``WritableFormat``."""
-        piece = self.encode(values, encoding)
-        decoded = self.dequantize(piece.codes, piece.constants, values.size, encoding.block_size, np.dtype(np.float32))
+        codes, absmax, _ = self.quantize(values, encoding.block_size, measure=False)
+        decoded = self.dequantize(codes, absmax, values.size, encoding.block_size, np.dtype(np.float32))
         return decoded.reshape(values.shape)
 
     def constant_parts(

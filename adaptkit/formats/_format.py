@@ -131,11 +131,13 @@ class EncodedPiece:
     Attributes:
         codes: what the first part holds of the piece, as that part's type.
         constants: what its blocks or groups share; their meaning is the format's.
+        zeros: zero points of its groups, as that part's type; None if there are none.
         moments: what the error is computed from once the constants are known; None if not requested.
     """
 
     codes: Array
     constants: Array
+    zeros: Array | None = None
     moments: Array | None = None
 
 
@@ -150,19 +152,45 @@ class Gathering(Protocol):
 
 
 class WritableFormat(Format):
-    """A format that can be written, too."""
+    """A format that can be written, too.
 
-    @abstractmethod
+    Attributes:
+        block_sizes: how many weights may share a constant, the default first; 0 stands for a row.
+        has_double_quant: whether constants can be quantized, too.
+        has_zero_points: whether groups can have zero points.
+        shares_top: whether a constant depends on the largest magnitude of a weight and of those that servers fuse with
+            it, so that these are read once more.
+        holds_conv1d: whether weights of a Conv1D, as of the GPT-2 family, can be in it.
+    """
+
+    block_sizes: tuple[int, ...]
+    has_double_quant: bool = False
+    has_zero_points: bool = False
+    shares_top: bool = False
+    holds_conv1d: bool = False
+
     def check(self, encoding: Encoding) -> None:
         """Refuse parameters that readers of the format do not accept.
 
         Raises:
             UsageError: names the parameter.
         """
+        if encoding.block_size not in self.block_sizes:
+            known = ", ".join(map(str, sorted(self.block_sizes)))
+            raise UsageError(
+                f"block_size: must be one of {known} in format {self.name}, found {encoding.block_size}",
+                hint="leave out --block-size",
+            )
+        if encoding.zero_points and not self.has_zero_points:
+            raise UsageError(f"zero_points: format {self.name} has none", hint="leave out --zero-points")
 
     @abstractmethod
     def refusal(self, shape: tuple[int, ...], encoding: Encoding) -> str:
         """Return why weights of a shape cannot be encoded; empty if they can."""
+
+    @abstractmethod
+    def unit(self, weight: TensorSpec, encoding: Encoding) -> int:
+        """Return the fewest consecutive weights that can be encoded."""
 
     @abstractmethod
     def specs(self, weight: TensorSpec, encoding: Encoding) -> list[TensorSpec]:
@@ -172,20 +200,29 @@ class WritableFormat(Format):
         """
 
     @abstractmethod
-    def encode(self, values: Array, encoding: Encoding, measure: bool = False) -> EncodedPiece:
-        """Encode a piece of a weight: whole blocks in row-major order, unless it is the last one.
+    def encode(
+        self, values: Array, weight: TensorSpec, encoding: Encoding, top: float = 0.0, measure: bool = False
+    ) -> EncodedPiece:
+        """Encode a piece of a weight.
+
+        Args:
+            values: whole units in row-major order, unless it is the last piece.
+            weight: all of it, as (out, in).
+            encoding: how it is quantized.
+            top: the largest magnitude that ``shares_top`` is about.
+            measure: whether to return moments.
 
         Raises:
             NonFiniteError: a value is NaN or infinite; names its index.
         """
 
     @abstractmethod
-    def gather(self, weight: TensorSpec, encoding: Encoding) -> Gathering:
-        """Begin to gather the pieces of a weight, which must have been measured."""
+    def gather(self, weight: TensorSpec, encoding: Encoding, top: float = 0.0) -> Gathering:
+        """Begin to gather the pieces of a weight, which must have been measured; see ``encode``."""
 
     @abstractmethod
     def round_trip(self, values: Array, encoding: Encoding) -> Array:
-        """Return what ``encode`` makes of a piece, decoded with its own constants: float32, in the piece's shape."""
+        """Return what ``encode`` makes of whole rows, decoded with their own constants: (rows, columns) float32."""
 
     @abstractmethod
     def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
@@ -212,13 +249,15 @@ class Encoding:
 
     Attributes:
         format: name of a format that can be written.
-        block_size: number of weights that share one constant; a power of two from 32 to 4096.
+        block_size: number of weights that share one constant; see ``WritableFormat``.
         double_quant: whether the constants are quantized too.
+        zero_points: whether groups of integers have zero points.
     """
 
     format: str = "nf4"
     block_size: int = 64
     double_quant: bool = True
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
         self.codec.check(self)
@@ -226,12 +265,32 @@ class Encoding:
     @property
     def codec(self) -> WritableFormat:
         """The format."""
-        if self.format not in (known := writable()):
-            raise UsageError(
-                f"formats: unknown name {self.format!r}", hint=f"choose one of: {', '.join(sorted(known))}"
-            )
-        found: WritableFormat = load(formats, self.format, "FORMAT")
+        return self.codec_of(self.format)
+
+    @staticmethod
+    def codec_of(name: str) -> WritableFormat:
+        """Return the format of a name.
+
+        Raises:
+            UsageError: there is none that can be written.
+        """
+        if name not in (known := writable()):
+            raise UsageError(f"formats: unknown name {name!r}", hint=f"choose one of: {', '.join(sorted(known))}")
+        found: WritableFormat = load(formats, name, "FORMAT")
         return found
+
+
+def encoding_of(
+    form: str, block_size: int | None = None, double_quant: bool = True, zero_points: bool = False
+) -> Encoding:
+    """Return an encoding with the format's own block size, if none is given, and without what the format lacks.
+
+    Raises:
+        UsageError: the format is unknown, or does not have the block size or the zero points.
+    """
+    codec = Encoding.codec_of(form)
+    size = codec.block_sizes[0] if block_size is None else block_size
+    return Encoding(form, size, double_quant and codec.has_double_quant, zero_points)
 
 
 @cache

@@ -10,11 +10,13 @@ import numpy as np
 
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._format import GET_AGAIN, Files
-from adaptkit.numerics.dtypes import Array, cast
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array, cast
 from adaptkit.numerics.spec import TensorSpec
 
 WORD = 32
 """Number of bits in a word."""
+_A_WORD = 8
+"""Number of codes of 4 bits in a word."""
 _READ_AT_A_TIME = 1 << 18
 """Number of bytes of a transposed tensor read at a time, so that they stay in the cache."""
 
@@ -51,20 +53,28 @@ def read_columns(files: Files, spec: TensorSpec, start: int, stop: int) -> Array
     return found
 
 
-def multiply(codes: Array, zeros: Array, scales: Array, groups: Array, out: Array) -> None:
-    """Write (code - zero point) * scale in float32, rounded once to the dtype of ``out``.
+def pack_down(codes: Array) -> Array:
+    """Return (rows, groups) uint8 codes of 4 bits as streams down the rows: (ceil(rows / 8), groups) int32."""
+    rows, groups = codes.shape
+    whole = np.pad(codes, ((0, -rows % _A_WORD), (0, 0))).astype(np.uint32).reshape(-1, _A_WORD, groups)
+    words = np.bitwise_or.reduce(whole << np.arange(0, WORD, 4, dtype=np.uint32)[:, None], axis=1)
+    found: Array = words.view(np.int32)
+    return found
 
-    Args:
-        codes: (rows, columns) uint8.
-        zeros: (rows, groups) of a signed integer type, or (1, 1).
-        scales: (rows, groups) float32.
-        groups: (columns,), the group of each column.
-        out: (rows, columns), of any float dtype.
+
+def read_groups(files: Files, name: str, columns: int, groups: int) -> Array | None:
+    """Return the group of each column, (columns,), from a tensor that says it; None without one.
+
+    Raises:
+        CheckpointError: it names a group that is not there.
     """
-    wide = zeros if zeros.shape[1] == 1 else zeros[:, groups]
-    values = (codes.astype(np.int16) - wide.astype(np.int16)).astype(np.float32)
-    values *= scales if scales.shape[1] == 1 else scales[:, groups]
-    out[:] = values
+    if name not in files.tensors:
+        return None
+    found = files.read(name)
+    bad = found[(found < 0) | (found >= groups)]
+    if bad.size:
+        raise CheckpointError(f"{name}: names group {bad[0]} of {groups}", hint=GET_AGAIN)
+    return found
 
 
 def read_scales(spec: TensorSpec, values: Array) -> Array:
@@ -78,6 +88,13 @@ def read_scales(spec: TensorSpec, values: Array) -> Array:
     if bad.any():
         raise CheckpointError(f"{spec.name}: a scale is {scales[bad][0]:g}", hint=GET_AGAIN)
     return scales
+
+
+def stored_scales(scales: Array, dtype: str) -> tuple[Array, Array]:
+    """Return scales rounded to a type, but not to 0, as the file has them, and the same in float32."""
+    kind = ARRAY_DTYPES[dtype]
+    stored = np.maximum(cast(scales, kind), np.nextafter(np.zeros(1, kind), np.ones(1, kind)))
+    return stored, cast(stored, np.float32)
 
 
 def require(spec: TensorSpec, types: tuple[str, ...], shape: tuple[int, ...]) -> TensorSpec:

@@ -1,7 +1,8 @@
 """Weights that are stored as codes under their own name, and scales beside them, as FP8 and MXFP4 are released.
 
 M.weight             codes
-M.weight_scale_inv   scales; or M.scale (DeepSeek-V4), M.qscale_weight (Mistral); of a stack X: X_scale_inv
+M.weight_scale_inv   scales; or M.weight_scale (compressed-tensors, ModelOpt), M.scale (DeepSeek-V4),
+M.qscale_weight (Mistral); of a stack X: X_scale_inv
 M.activation_scale   of inputs of products in 8 bits, in which a plain weight takes no part; or M.input_scale,
 M.qscale_act (Mistral); of a stack X: X_activation_scale
 """
@@ -12,7 +13,7 @@ from adaptkit.numerics.spec import TensorSpec
 
 EXPONENTS = ("F8_E8M0", "U8")
 """Types of scales that are powers of two: 2 ** (byte - 127)."""
-_SCALE, _OTHER_SCALES = "_scale_inv", ("scale", "qscale_weight")
+_SCALE, _OTHER_SCALES = "_scale_inv", ("weight_scale", "scale", "qscale_weight")
 _OF_INPUTS = ("activation_scale", "input_scale", "qscale_act")
 
 
@@ -46,7 +47,15 @@ def scales_of(files: Files, name: str, what: str, problem: str = "") -> tuple[Te
 
 def is_scale(files: Files, name: str) -> bool:
     """Whether a tensor can only be the scales of a weight or of inputs."""
-    return name.endswith((_SCALE, f".{_OTHER_SCALES[1]}", *_OF_INPUTS)) or files.spec(name).dtype == EXPONENTS[0]
+    return (
+        name.endswith((_SCALE, ".weight_scale", ".qscale_weight", *_OF_INPUTS))
+        or files.spec(name).dtype == EXPONENTS[0]
+    )
+
+
+def is_nvfp4(files: Files, name: str) -> bool:
+    """Whether a tensor of bytes holds the codes of a weight in ModelOpt's layout of NVFP4."""
+    return f"{name}_scale_2" in files.tensors
 
 
 def described(codes: TensorSpec, scales: TensorSpec) -> str:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._format import GET_AGAIN, Files, Format, StoredWeight, stated_quantization
-from adaptkit.formats._integers import multiply, read_columns, read_scales, require, spec_of, unpack
+from adaptkit.formats._format import GET_AGAIN, Files, Format, stated_quantization
+from adaptkit.formats._grouped import CodedRows, GroupedWeight
+from adaptkit.formats._integers import read_columns, read_scales, require, spec_of, unpack
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.spec import FLOATS
 
@@ -28,6 +28,7 @@ _ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """Where in a word each of its eight rows is, lowest bits first."""
 _ROWS = len(_ORDER)
 _BITS = 4
+_LEVELS = np.arange(16, dtype=np.float32)
 
 
 class Awq(Format):
@@ -62,9 +63,7 @@ class Awq(Format):
         if not groups or columns % groups:
             raise CheckpointError(f"{scales.name}: {groups} groups do not divide {columns} columns", hint=GET_AGAIN)
         parts = (name, zeros.name, scales.name)
-        return AwqWeight(
-            name=f"{begin}weight", shape=(words * _ROWS, columns), parts=parts, unit=columns, is_linear=True
-        )
+        return AwqWeight(name=f"{begin}weight", shape=(words * _ROWS, columns), parts=parts, unit=columns)
 
     def is_part(self, files: Files, name: str) -> bool:
         """See ``Format``."""
@@ -75,18 +74,15 @@ FORMAT = Awq()
 
 
 @dataclass(frozen=True, kw_only=True)
-class AwqWeight(StoredWeight):
+class AwqWeight(GroupedWeight):
     """A matrix in AWQ's layout."""
 
-    def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
-        """Decode whole rows, which are columns in the files; see ``StoredWeight``."""
-        columns, first, rows = self.shape[1], start // self.shape[1], count // self.shape[1]
-        codes, zeros = (_read_codes(files, part, first, rows) for part in self.parts[:2])
+    def rows(self, files: Files, first: int, count: int) -> CodedRows:
+        """Read some rows, which are columns in the files; see ``GroupedWeight``."""
+        codes, zeros = (_read_codes(files, part, first, count) for part in self.parts[:2])
         spec = files.spec(self.parts[2])
-        scales = read_scales(spec, files.read(spec.name)[:, first : first + rows].T)
-        out = np.empty((rows, columns), dtype)
-        multiply(codes, zeros, scales, np.arange(columns) // (columns // spec.shape[0]), out)
-        return out.reshape(-1)
+        scales = read_scales(spec, files.read(spec.name)[:, first : first + count].T)
+        return CodedRows(codes, _LEVELS, scales, zeros)
 
 
 def _read_codes(files: Files, name: str, first: int, rows: int) -> Array:

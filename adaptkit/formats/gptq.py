@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._format import GET_AGAIN, Files, Format, StoredWeight, stated_quantization
-from adaptkit.formats._integers import WORD, multiply, read_columns, read_scales, require, spec_of, unpack
-from adaptkit.numerics.dtypes import Array
+from adaptkit.formats._format import GET_AGAIN, Files, Format, stated_quantization
+from adaptkit.formats._grouped import CodedRows, GroupedWeight
+from adaptkit.formats._integers import WORD, read_columns, read_groups, read_scales, require, spec_of, unpack
 from adaptkit.numerics.spec import FLOATS
 
 _BITS = (2, 3, 4, 8)
@@ -73,7 +72,6 @@ class Gptq(Format):
             shape=(rows, columns),
             parts=tuple(parts),
             unit=columns,
-            is_linear=True,
             bits=bits,
             added=_STORED_AS[form],
         )
@@ -87,7 +85,7 @@ FORMAT = Gptq()
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptqWeight(StoredWeight):
+class GptqWeight(GroupedWeight):
     """A matrix in GPTQ's layout.
 
     Attributes:
@@ -98,25 +96,13 @@ class GptqWeight(StoredWeight):
     bits: int
     added: int
 
-    def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
-        """Decode whole rows, which are columns in the files; see ``StoredWeight``."""
-        columns, first, rows = self.shape[1], start // self.shape[1], count // self.shape[1]
-        stop, mask = first + rows, (1 << self.bits) - 1
+    def rows(self, files: Files, first: int, count: int) -> CodedRows:
+        """Read some rows, which are columns in the files; see ``GroupedWeight``."""
+        columns, stop, mask = self.shape[1], first + count, (1 << self.bits) - 1
         codes = unpack(read_columns(files, files.spec(self.parts[0]), first, stop).T, self.bits, columns)
         stored = unpack(files.read(self.parts[1]), self.bits, self.shape[0])[:, first:stop].T
-        zeros = stored.astype(np.int16) + self.added & mask
         spec = files.spec(self.parts[2])
         scales = read_scales(spec, files.read(spec.name)[:, first:stop].T)
-        out = np.empty((rows, columns), dtype)
-        multiply(codes, zeros, scales, self._groups(files, spec.shape[0]), out)
-        return out.reshape(-1)
-
-    def _groups(self, files: Files, groups: int) -> Array:
-        columns = self.shape[1]
-        if len(self.parts) == 3:
-            return np.arange(columns) // (columns // groups)
-        found = files.read(self.parts[3])
-        if found.min() < 0 or found.max() >= groups:
-            bad = found.max() if found.max() >= groups else found.min()
-            raise CheckpointError(f"{self.parts[3]}: names group {bad} of {groups}", hint=GET_AGAIN)
-        return found
+        groups = read_groups(files, self.name.removesuffix("weight") + "g_idx", columns, spec.shape[0])
+        zeros = stored.astype(np.int16) + self.added & mask
+        return CodedRows(codes, np.arange(mask + 1, dtype=np.float32), scales, zeros, groups)

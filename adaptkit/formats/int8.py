@@ -1,67 +1,98 @@
-"""Block-wise int8 absmax quantization: each block is scaled so that its largest magnitude becomes 127.
+"""Integers of 8 bits with a scale for each row (W8A8), as compressed-tensors lays them out.
 
-The parts are those of ``nf4``, but for these:
+    M.weight               I8      [rows, columns]
+    M.weight_scale         float   [rows, 1], or one number
+    M.weight_zero_point    I8      the same shape, if there is one
 
-    X.weight                                I8   [n, 1]
-    X.weight.quant_state.adaptkit__int8     since bitsandbytes has no blockwise int8
-    X.weight.quant_map                      is absent
+    a weight               (q - z) scale in float32, rounded once
 
-    a weight             code · (constant / 127)                  in float32, rounded once
-
-8.127 bits a weight.
+Servers round the inputs to 8 bits, too, while the model runs. 8.016 bits a weight for rows of 1024. Source:
+``int_quantized`` of compressed-tensors 0.20.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from adaptkit.formats._blockwise import Blockwise
-from adaptkit.formats._blockwise_state import stated_as
-from adaptkit.formats._format import Encoding
+from adaptkit.errors import CheckpointError
+from adaptkit.formats._compressed_tensors import METHOD, config_block, inputs_of, stated_weights
+from adaptkit.formats._format import GET_AGAIN, Encoding, Files
+from adaptkit.formats._grouped import CodedRows, Grouped, GroupedWeight
+from adaptkit.formats._integers import read_scales, require, stored_scales
 from adaptkit.numerics.dtypes import Array
+from adaptkit.numerics.grids import INT8
+from adaptkit.numerics.spec import FLOATS, TensorSpec
+
+_LAYOUT = "int-quantized"
 
 
-@dataclass(frozen=True)
-class Int8(Blockwise):
-    """See ``Blockwise``. Source: absmax quantization as in LLM.int8() (arXiv:2208.07339), for blocks, not rows."""
+class Int8(Grouped):
+    """See ``Format`` and ``Grouped``."""
 
-    bits = 8
-    readers = ()
-    owner = "adaptkit"
-    method = "adaptkit (int8)"
+    name, bits = "int8", 8
+    readers = ("transformers", "vLLM", "SGLang", "llama.cpp")
+    released_as = (METHOD,)
+    block_sizes = (0,)
+    grid, codes_dtype, codes_suffix = INT8, "I8", ""
 
-    def quantize(self, values: Array, block_size: int, measure: bool) -> tuple[Array, Array, Array | None]:
-        """Round ``127 / absmax · weight`` to the nearest integer, ties to even; see ``Blockwise``."""
-        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
+    def method_shown(self, names: Collection[str]) -> str | None:
+        """See ``Format``; names alone do not tell it from FP8."""
+        return None
 
-        return cpu.encode_8bit(values, block_size, measure)
+    def weight_at(self, files: Files, name: str) -> Int8Weight | None:
+        """Return the weight whose codes a tensor holds; see ``Format``."""
+        codes, scales = files.spec(name), f"{name}_scale"
+        if codes.dtype != "I8" or not name.endswith(".weight") or scales not in files.tensors:
+            return None
+        rows, columns = codes.shape if len(codes.shape) == 2 else (0, 0)
+        require(codes, ("I8",), (max(rows, 1), max(columns, 1)))
+        spec = files.spec(scales)
+        if spec.dtype not in FLOATS or spec.shape not in ((rows, 1), (rows,), (1,), ()):
+            raise CheckpointError(
+                f"{scales}: is {spec.dtype} {list(spec.shape)}; expected one for each of {rows} rows, or one number",
+                hint=GET_AGAIN,
+            )
+        parts = [name, scales]
+        if f"{name}_zero_point" in files.tensors:
+            parts.append(require(files.spec(f"{name}_zero_point"), ("I8",), spec.shape).name)
+        return Int8Weight(name=name, shape=(rows, columns), parts=tuple(parts), unit=columns)
 
-    def dequantize(self, codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
-        """Return code times absmax / 127 in float32, rounded once to ``dtype``; see ``Blockwise``."""
-        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
-
-        return cpu.decode_8bit(codes, absmax, count, block_size, dtype)
+    def constants(
+        self, low: Array, high: Array, weight: TensorSpec, encoding: Encoding, top: float
+    ) -> tuple[Array, Array, Array | None]:
+        """See ``Grouped``."""
+        return *stored_scales(np.maximum(high, -low) / np.float32(127), self.scale_dtype(weight)), None
 
     def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
         """See ``WritableFormat``."""
-        return {
-            "block_size": encoding.block_size,
-            "double_quant": encoding.double_quant,
-            "format": self.name,
-            "modules_to_not_convert": kept,
-            "quant_method": "adaptkit",
-        }
+        weights = {"num_bits": 8, "strategy": "channel", "symmetric": True, "type": "int"}
+        return config_block(_LAYOUT, weights, kept, inputs_of("int"))
 
     def stated(self, block: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
         """See ``WritableFormat``."""
-        if block.get("quant_method") != "adaptkit" or block.get("format") != self.name:
-            return None
-        kept = block.get("modules_to_not_convert")
-        return stated_as(self.name, block.get("block_size"), block.get("double_quant"), kept)
+        found = stated_weights(block, _LAYOUT)
+        return (Encoding(self.name, 0, False), found[1]) if found else None
 
 
-FORMAT = Int8("int8")
+FORMAT = Int8()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Weight(GroupedWeight):
+    """A matrix in ``int8``."""
+
+    def rows(self, files: Files, first: int, count: int) -> CodedRows:
+        """Read some rows; see ``GroupedWeight``."""
+        columns = self.shape[1]
+        codes = files.read_bytes(self.name, first * columns, count * columns).reshape(count, columns)
+        scales = read_scales(files.spec(self.parts[1]), self._of_rows(files, self.parts[1], first, count))
+        zeros = self._of_rows(files, self.parts[2], first, count) if len(self.parts) > 2 else None
+        return CodedRows(codes, INT8.values, scales, zeros)
+
+    def _of_rows(self, files: Files, name: str, first: int, count: int) -> Array:
+        found = files.read(name).reshape(-1, 1)
+        return np.broadcast_to(found, (count, 1)) if len(found) == 1 else found[first : first + count]

@@ -1,4 +1,7 @@
-"""Microscaling 4-bit floats (MXFP4): E2M1 codes, of which 32 share a power of two. Decoding only.
+"""Microscaling 4-bit floats (MXFP4): E2M1 codes, of which 32 share a power of two.
+
+    M.weight_packed      U8        [rows, columns / 2]             compressed-tensors, which ``quantize`` writes
+    M.weight_scale       U8        [rows, columns / 32]
 
     M.weight             I8        [..., rows, columns / 2]        DeepSeek-V4's experts
     M.scale              exponents [..., rows, columns / 32]       F8_E8M0, or the same bytes as U8; names: ``_scaled``
@@ -14,7 +17,7 @@ Both may lie beside FP8 in one checkpoint. 4.25 bits a weight. Source: OCP Micro
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,15 +25,19 @@ from typing import Any
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._format import GET_AGAIN, Files, Format, StoredWeight
+from adaptkit.formats._compressed_tensors import METHOD, config_block, stated_weights
+from adaptkit.formats._format import GET_AGAIN, Encoding, Files, StoredWeight
+from adaptkit.formats._grouped import Grouped
+from adaptkit.formats._integers import require, spec_of
 from adaptkit.formats._scaled import EXPONENTS, described, scales_named, scales_of
 from adaptkit.numerics.dtypes import Array, cast
+from adaptkit.numerics.grids import E2M1
+from adaptkit.numerics.spec import TensorSpec
 
 BLOCK = 32
 """Number of weights that share a scale."""
-LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The value of each code: bit 3 is the sign."""
 _BIAS, _NAN = 127, 255
+_PACKED, _LAYOUT = ".weight_packed", "mxfp4-pack-quantized"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 """What gpt-oss appends to the name of its experts' weight."""
 _AT_A_TIME = 1 << 15
@@ -39,12 +46,14 @@ _READ_AT_A_TIME = 1 << 18
 """Number of bytes of an expert's codes read at a time, so that they stay in the cache."""
 
 
-class Mxfp4(Format):
-    """See ``Format``."""
+class Mxfp4(Grouped):
+    """See ``Format`` and ``Grouped``."""
 
     name, bits = "mxfp4", 4
     readers = ("transformers", "vLLM", "SGLang", "llama.cpp")
-    released_as = ("fp8", "mxfp4")
+    released_as = ("fp8", "mxfp4", METHOD)
+    block_sizes = (BLOCK,)
+    grid, codes_dtype = E2M1, "U8"
 
     def method_shown(self, names: Collection[str]) -> str | None:
         """See ``Format``."""
@@ -56,7 +65,13 @@ class Mxfp4(Format):
         codes = files.spec(name)
         if name.endswith(_BLOCKS) and codes.dtype == "U8":
             return _experts(files, name.removesuffix(_BLOCKS))
-        if codes.dtype != "I8" or not (name.endswith(".weight") or scales_named(files, name)):
+        if name.endswith(_PACKED) and codes.dtype == "U8":
+            return _packed(files, codes)
+        if (
+            codes.dtype != "I8"
+            or f"{name}_scale" in files.tensors
+            or not (name.endswith(".weight") or scales_named(files, name))
+        ):
             return None
         scales, input_scales = scales_of(files, name, "MXFP4")
         *outer, half = codes.shape or (0,)
@@ -70,6 +85,35 @@ class Mxfp4(Format):
         """See ``Format``; the scales of M.weight are known to ``fp8``."""
         return name.endswith(_SCALES) and files.spec(name).dtype == "U8"
 
+    def scale_dtype(self, weight: TensorSpec) -> str:
+        """See ``Grouped``."""
+        return "U8"
+
+    def constants(
+        self, low: Array, high: Array, weight: TensorSpec, encoding: Encoding, top: float
+    ) -> tuple[Array, Array, Array | None]:
+        """See ``Grouped``; the exponent is one more where the largest weight would round to 8, as 7 and more do."""
+        mantissa, exponent = np.frexp(np.maximum(high, -low))  # in [0.5, 1) times a power of two
+        stored = np.clip(exponent - 3 + (mantissa >= np.float32(0.875)) + _BIAS, 0, _NAN - 1).astype(np.uint8)
+        return stored, np.ldexp(np.float32(1), stored.astype(np.int32) - _BIAS), None
+
+    def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
+        """See ``WritableFormat``."""
+        weights = {
+            "group_size": BLOCK,
+            "num_bits": 4,
+            "scale_dtype": "torch.uint8",
+            "strategy": "group",
+            "symmetric": True,
+            "type": "float",
+        }
+        return config_block(_LAYOUT, weights, kept)
+
+    def stated(self, block: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
+        """See ``WritableFormat``."""
+        found = stated_weights(block, _LAYOUT)
+        return (Encoding(self.name, BLOCK, False), found[1]) if found else None
+
 
 FORMAT = Mxfp4()
 
@@ -80,7 +124,7 @@ class Mxfp4Weight(StoredWeight):
 
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Decode whole blocks; see ``StoredWeight``."""
-        raw = files.read_bytes(self.name, start // 2, count // 2)
+        raw = files.read_bytes(self.parts[0], start // 2, count // 2)
         exponents = files.read_bytes(self.parts[1], start // BLOCK, count // BLOCK)
         return dequantize(raw.reshape(-1, BLOCK // 2), exponents.reshape(-1, 1), dtype).reshape(-1)
 
@@ -111,6 +155,16 @@ class Mxfp4Experts(StoredWeight):
             exponents = files.read_bytes(scales, start * groups, count * groups).reshape(count, groups)
             here = codes[:, row // 2 : stop // 2], exponents[:, row // BLOCK : stop // BLOCK]
             out[:, first : first + count] = dequantize(*here, out.dtype).T
+
+
+def _packed(files: Files, codes: TensorSpec) -> Mxfp4Weight | None:
+    name = codes.name.removesuffix("_packed")
+    if f"{name}_global_scale" in files.tensors:  # NVFP4's
+        return None
+    rows, half = codes.shape if len(codes.shape) == 2 else (0, 0)
+    require(codes, ("U8",), (max(rows, 1), max(half // (BLOCK // 2), 1) * (BLOCK // 2)))
+    scales = require(spec_of(files, f"{name}_scale"), EXPONENTS, (rows, 2 * half // BLOCK))
+    return Mxfp4Weight(name=name, shape=(rows, 2 * half), parts=(codes.name, scales.name), unit=BLOCK, is_linear=True)
 
 
 def _experts(files: Files, name: str) -> Mxfp4Experts:
@@ -159,7 +213,7 @@ def dequantize(codes: Array, exponents: Array, dtype: np.dtype[Any]) -> Array:
 def _pairs(dtype: np.dtype[Any]) -> Array:
     """Return the two values that each exponent and byte of codes stand for, as one element: (256 · 256,)."""
     exponents, codes = np.arange(256) - _BIAS, np.arange(256)
-    values = np.ldexp(np.array(LEVELS), exponents[:, None])
+    values = np.ldexp(E2M1.values.astype(np.float64), exponents[:, None])
     values[_NAN] = np.nan
     pairs = np.stack((values[:, codes & 15], values[:, codes >> 4]), axis=-1)
     return np.ascontiguousarray(cast(pairs, dtype)).reshape(-1).view(f"u{2 * dtype.itemsize}")

@@ -9,45 +9,98 @@
     4 bits, a word         31..28 c7 | c6 | c5 | c4 | c3 | c2 | c1 | 3..0 c0
     a weight               (q - z) scale in float32, rounded once; codes and zero points are stored as q + 2^(b - 1)
 
-Decoding only. Source: ``pack_quantized`` of compressed-tensors 0.20.
+``quantize`` writes 4 bits: 4.125 a weight in groups of 128, with zero points 4.156.
+
+Source: ``pack_quantized`` of compressed-tensors 0.20.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._format import GET_AGAIN, Files, Format, StoredWeight
-from adaptkit.formats._integers import WORD, multiply, read_scales, require, spec_of, unpack
+from adaptkit.formats._compressed_tensors import METHOD, config_block, stated_weights
+from adaptkit.formats._format import GET_AGAIN, Encoding, Files
+from adaptkit.formats._grouped import CodedRows, Grouped, GroupedWeight
+from adaptkit.formats._integers import WORD, read_groups, read_scales, require, spec_of, stored_scales, unpack
 from adaptkit.numerics.dtypes import Array
-from adaptkit.numerics.spec import FLOATS
+from adaptkit.numerics.grids import INT4
+from adaptkit.numerics.spec import FLOATS, TensorSpec
 
 _PACKED = ".weight_packed"
-_SCALE = ".weight_scale"
-_PARTS = (_PACKED, _SCALE, ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale")
+_PARTS = (_PACKED, ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale")
 _OTHERS = (".weight_bitmask", ".compressed", ".row_offsets")
 
 
-class W4a16(Format):
-    """See ``Format``."""
+class W4a16(Grouped):
+    """See ``Format`` and ``Grouped``."""
 
     name, bits = "w4a16", 4
     readers = ("transformers", "vLLM", "SGLang", "llama.cpp")
-    released_as = ("compressed-tensors",)
+    released_as = (METHOD,)
+    block_sizes = (128, 64, 32)
+    has_zero_points = True
+    grid, codes_dtype = INT4, "I32"
+
+    def unit(self, weight: TensorSpec, encoding: Encoding) -> int:
+        """See ``WritableFormat``; a word has the zero points of eight rows."""
+        return weight.shape[-1] * (8 if encoding.zero_points else 1)
+
+    def others(self, weight: TensorSpec, top: float) -> dict[str, Array]:
+        """See ``Grouped``."""
+        return {"_shape": np.array(weight.shape, np.int64)}
+
+    def packed(self, codes: Array) -> Array:
+        """See ``Grouped``."""
+        return np.ascontiguousarray(super().packed(codes)).view(np.int32)
+
+    def constants(
+        self, low: Array, high: Array, weight: TensorSpec, encoding: Encoding, top: float
+    ) -> tuple[Array, Array, Array | None]:
+        """See ``Grouped``; a range with zero points includes 0."""
+        if not encoding.zero_points:
+            return *stored_scales(np.maximum(high, -low) / np.float32(INT4.top), self.scale_dtype(weight)), None
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        stored, scales = stored_scales((high - low) / np.float32(15), self.scale_dtype(weight))
+        return stored, scales, np.clip(np.rint(-8 - low / scales), -8, 7).astype(np.int8)
+
+    def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
+        """See ``WritableFormat``."""
+        weights = {
+            "group_size": encoding.block_size,
+            "num_bits": 4,
+            "strategy": "group",
+            "symmetric": not encoding.zero_points,
+            "type": "int",
+        }
+        return config_block("pack-quantized", weights, kept)
+
+    def stated(self, block: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
+        """See ``WritableFormat``."""
+        if (found := stated_weights(block, "pack-quantized")) is None:
+            return None
+        weights, kept = found
+        size, symmetric = weights.get("group_size"), weights.get("symmetric", True)
+        if weights.get("num_bits") != 4 or size not in self.block_sizes or not isinstance(symmetric, bool):
+            return None
+        return Encoding(self.name, int(size), False, not symmetric), kept
 
     def method_shown(self, names: Collection[str]) -> str | None:
         """See ``Format``."""
-        return "compressed-tensors" if any(name.endswith(_PACKED) for name in names) else None
+        return METHOD if any(name.endswith(_PACKED) for name in names) else None
 
     def weight_at(self, files: Files, name: str) -> PackedIntegers | None:
         """Return the weight whose codes a tensor holds; see ``Format``."""
         codes = files.spec(name)
-        if name.endswith(_SCALE):
-            _check_layout(files, name)
+        if name.endswith(_OTHERS):
+            raise CheckpointError(
+                f"{files.root}: {name} is of a layout of compressed-tensors that is not supported",
+                hint="use the 16-bit checkpoint",
+            )
         if not name.endswith(_PACKED) or codes.dtype != "I32":
             return None
         begin = name.removesuffix("_packed")
@@ -69,18 +122,18 @@ class W4a16(Format):
             parts.append(require(files.spec(f"{begin}_g_idx"), ("I32",), (columns,)).name)
         elif not groups or columns % groups:
             raise CheckpointError(f"{scales.name}: {groups} groups do not divide {columns} columns", hint=GET_AGAIN)
-        return PackedIntegers(name=begin, shape=shape, parts=tuple(parts), unit=columns, bits=bits, is_linear=True)
+        return PackedIntegers(name=begin, shape=shape, parts=tuple(parts), unit=columns, bits=bits)
 
     def is_part(self, files: Files, name: str) -> bool:
         """Whether only compressed-tensors writes a tensor of this name."""
-        return name.endswith((*_PARTS, *_OTHERS))
+        return name.endswith(_PARTS)
 
 
 FORMAT = W4a16()
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedIntegers(StoredWeight):
+class PackedIntegers(GroupedWeight):
     """A matrix in ``w4a16``.
 
     Attributes:
@@ -89,22 +142,22 @@ class PackedIntegers(StoredWeight):
 
     bits: int
 
-    def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
-        """Decode whole rows; see ``StoredWeight``."""
-        columns, first, rows = self.shape[1], start // self.shape[1], count // self.shape[1]
+    def rows(self, files: Files, first: int, count: int) -> CodedRows:
+        """Read some rows; see ``GroupedWeight``."""
+        columns, half = self.shape[1], 1 << (self.bits - 1)
         words, scales = files.spec(self.parts[0]), files.spec(self.parts[1])
-        packed = files.read_flat(words.name, first * words.shape[1], rows * words.shape[1]).reshape(rows, -1)
+        packed = files.read_flat(words.name, first * words.shape[1], count * words.shape[1]).reshape(count, -1)
         across = scales.shape[1]
-        scale = read_scales(scales, files.read_flat(scales.name, first * across, rows * across).reshape(rows, across))
-        out = np.empty((rows, columns), dtype)
-        multiply(unpack(packed, self.bits, columns), self._zeros(files, first, rows), scale, self._groups(files), out)
-        return out.reshape(-1)
+        scale = read_scales(scales, files.read_flat(scales.name, first * across, count * across).reshape(-1, across))
+        groups = read_groups(files, f"{self.name}_g_idx", columns, across)
+        levels = np.arange(-half, half, dtype=np.float32)
+        return CodedRows(unpack(packed, self.bits, columns), levels, scale, self._zeros(files, first, count), groups)
 
-    def _zeros(self, files: Files, first: int, rows: int) -> Array:
-        """Return zero points of some rows, as codes are stored: (rows, groups), or (1, 1) if all are the middle."""
+    def _zeros(self, files: Files, first: int, rows: int) -> Array | None:
+        """Return zero points of some rows, in levels: (rows, groups); None if all are 0."""
         name = f"{self.name}_zero_point"
         if name not in self.parts:
-            return np.full((1, 1), 1 << (self.bits - 1), np.int16)
+            return None
         start, stop = first * self.bits // WORD, -(-(first + rows) * self.bits // WORD)
         across = files.spec(name).shape[1]
         words = files.read_flat(name, start * across, (stop - start) * across).reshape(-1, across)
@@ -112,27 +165,7 @@ class PackedIntegers(StoredWeight):
         if start * WORD % self.bits:  # a word in which no code begins at the first bit: begin with the stream
             words, skipped = files.read_flat(name, 0, stop * across).reshape(-1, across), first
         codes = unpack(np.ascontiguousarray(words.T), self.bits, skipped + rows)
-        return codes[:, skipped:].T.astype(np.int16)
-
-    def _groups(self, files: Files) -> Array:
-        columns, groups = self.shape[1], files.spec(self.parts[1]).shape[1]
-        if f"{self.name}_g_idx" not in self.parts:
-            return np.arange(columns) // (columns // groups)
-        found = files.read(f"{self.name}_g_idx")
-        if found.min() < 0 or found.max() >= groups:
-            raise CheckpointError(
-                f"{self.name}_g_idx: names group {found.max()} of {groups}, or one below 0", hint=GET_AGAIN
-            )
-        return found
-
-
-def _check_layout(files: Files, scales: str) -> None:
-    codes = scales.removesuffix(_SCALE) + _PACKED
-    if codes not in files.tensors or files.spec(codes).dtype != "I32":
-        raise CheckpointError(
-            f"{files.root}: {scales} is of a layout of compressed-tensors that is not supported, not pack-quantized",
-            hint="use the 16-bit checkpoint",
-        )
+        return codes[:, skipped:].T.astype(np.int16) - (1 << (self.bits - 1))
 
 
 def _shape(files: Files, begin: str) -> tuple[int, int]:

@@ -11,11 +11,18 @@ if TYPE_CHECKING:
 MOE = ("keep", "quantize")
 """What quantizing may do with experts."""
 
+_FUSED = re.compile(r"(?<=\.)(q_proj|k_proj|v_proj|gate_proj|up_proj|w1|w3|q_a_proj|kv_a_proj_with_mqa)$")
+"""Of one parent: q, k and v; gate and up; the first products of latent attention."""
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _INDEXER = re.compile(r"(^|\.)indexer\.")
 _KERNEL_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _STEP_MODELS = {"falcon_mamba", "jamba", "mamba"}
 _SHARED = {"zamba": ".shared_transf.", "zamba2": ".shared_transformer."}
+
+
+def fused_name(path: str) -> str:
+    """Return a name that a module shares with those that servers fuse into one, by its dotted path."""
+    return _FUSED.sub("fused", path)
 
 
 def is_router(path: str) -> bool:

@@ -57,8 +57,8 @@ class Grid:
 
     @property
     def top(self) -> float:
-        """The largest level; a group's largest magnitude becomes it."""
-        return float(self.levels[-1])
+        """Half the width of the levels, as readers of integers take it: what a group's largest magnitude becomes."""
+        return float(self.levels[-1] - self.levels[0]) / 2
 
 
 def _integers(bits: int) -> Grid:
@@ -83,7 +83,7 @@ def _nearest_e2m1(scaled: Array) -> Array:
 def _nearest_e4m3(scaled: Array) -> Array:
     import torch  # here, since it is large; ml_dtypes takes ten times as long
 
-    codes, top = np.empty(scaled.shape, np.uint8), E4M3.top
+    codes, top = np.empty(scaled.shape, np.uint8), np.float32(E4M3.top)
     for first in range(0, scaled.size, _BATCH):
         clipped = np.clip(scaled[first : first + _BATCH], -top, top)
         codes[first : first + _BATCH] = torch.from_numpy(clipped).to(torch.float8_e4m3fn).view(torch.uint8).numpy()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.checkpoint.signing import Trust
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
-from adaptkit.formats._format import Encoding, writable
+from adaptkit.formats._format import Encoding, encoding_of, writable
 from adaptkit.models.kinds import MOE
 from adaptkit.numerics import stacking
 from adaptkit.settings import Settings, setting, settings
@@ -109,9 +109,14 @@ class Calibration(Settings):
 class QuantizeOptions(Settings):
     """How to quantize."""
 
-    format: str = setting("4-bit formats that bitsandbytes loads, or int8.", "nf4", choices=writable())
-    block_size: int = setting("Weights per constant; a power of two.", 64, at_least=1)
-    double_quant: bool = setting("Quantize the constants too.", True)
+    format: str = setting("nf4, fp4: for bitsandbytes; others: compressed-tensors.", "nf4", choices=writable())
+    block_size: int | None = setting(
+        "Weights per constant. Default: nf4, fp4 64; w4a16 128 (also 64, 32); fp8 a row (128: blocks of 128 x 128).",
+        None,
+        at_least=1,
+    )
+    double_quant: bool = setting("nf4, fp4: quantize the constants too.", True)
+    zero_points: bool = setting("w4a16: zero points, for groups that are not symmetric.", False)
     skip: tuple[str, ...] = setting("Modules to keep in 16 bits: '*.down_proj'.", (), metavar="PATTERN")
     include_head: bool = setting("Quantize the output layer too.", False)
     moe: str = setting("Experts; only adaptkit, not bitsandbytes, loads them quantized.", "keep", choices=MOE)
@@ -130,12 +135,14 @@ class QuantizeOptions(Settings):
     @property
     def encoding(self) -> Encoding:
         """How a weight is quantized."""
-        return Encoding(self.format, self.block_size, self.double_quant)
+        return encoding_of(self.format, self.block_size, self.double_quant, self.zero_points)
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that affect the result, for the manifest."""
         values = {name: value for name, value in asdict(self).items() if name not in {"threads", "calibration"}}
-        values["skip"] = sorted(set(self.skip))
+        values |= {"skip": sorted(set(self.skip)), "block_size": self.encoding.block_size}
+        if not self.zero_points:
+            del values["zero_points"]
         return values | ({"calibration": self.calibration.recorded()} if self.calibration else {})
 
 

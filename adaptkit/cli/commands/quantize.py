@@ -34,11 +34,12 @@ def command(
     init_adapter_output: Path | None,
     **options: Any,
 ) -> None:
-    """Quantize the checkpoint SOURCE to NF4, FP4 or int8.
+    """Quantize the checkpoint SOURCE to 4 or 8 bits.
 
-    transformers with bitsandbytes, vLLM and unsloth load NF4 and FP4; only adaptkit loads int8.
-    SOURCE has 16- or 32-bit weights, or was released in FP8 with scales for blocks (DeepSeek-V3),
-    MXFP4 (gpt-oss), AWQ, GPTQ, or integers packed by compressed-tensors.
+    NF4 and FP4 are for train, and for transformers and unsloth with bitsandbytes; vLLM, SGLang and
+    transformers load the other formats, in the layouts of compressed-tensors.
+    SOURCE has 16- or 32-bit weights, or was released in FP8, MXFP4, NVFP4 (compressed-tensors or
+    ModelOpt), AWQ, GPTQ, or integers packed by compressed-tensors.
     """
     from adaptkit.operations.quantize import quantize
 

@@ -212,3 +212,22 @@ def decode_8bit(codes: Array, absmax: Array, count: int, block_size: int, dtype:
     flat = np.ascontiguousarray(codes.reshape(-1)[:count])
     _decode_8bit(flat, np.ascontiguousarray(absmax), block_size, float_bits(out))
     return out
+
+
+@jit
+def _nearest(scaled, bounds, codes, out):
+    for i in range(scaled.size):
+        out[i] = find(scaled[i], bounds, codes)
+
+
+def nearest_codes(scaled: Array, bounds: Array, codes: Array) -> Array:
+    """Return the code of the nearest of up to 16 levels: (count,) uint8.
+
+    Args:
+        scaled: (count,) float32.
+        bounds: (levels - 1,) float32, ascending midpoints between levels; a value equal to one gets the lower level.
+        codes: (levels,) uint8, of the levels in ascending order.
+    """
+    out, rest = np.empty(scaled.shape, np.uint8), 16 - len(codes)
+    _nearest(scaled, (*bounds, *[np.float32(np.inf)] * rest), (*codes, *[np.uint8(0)] * rest), out)
+    return out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
 from adaptkit.formats._format import EncodedPiece, Encoding
+from adaptkit.models.kinds import fused_name
 from adaptkit.models.matching import require_matches
 from adaptkit.numerics import finite
 from adaptkit.numerics.dtypes import Array
@@ -34,6 +37,28 @@ class QuantizedPiece:
     packed: EncodedPiece | None = None
 
 
+class LargestMagnitude:
+    """The largest magnitude in some tensors, which are read when it is first asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> None:
+        self._checkpoint, self._specs, self._lock = checkpoint, specs, Lock()
+
+    @property
+    def value(self) -> float:
+        """The magnitude; those that are NaN do not count."""
+        with self._lock:
+            return self._value
+
+    @cached_property
+    def _value(self) -> float:
+        largest = [0.0]
+        for spec in self._specs:
+            for piece in cut_pieces(spec, unit=self._checkpoint.unit(spec.name)):
+                values = self._checkpoint.read_flat(spec.name, piece.start, piece.count)
+                largest += [float(np.fmax.reduce(values)), -float(np.fmin.reduce(values))]
+        return max(value for value in largest if value == value)
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """How one tensor is written.
@@ -42,11 +67,13 @@ class TensorPlan:
         spec: in the source.
         encoding: how it is quantized; None if it is not.
         transposed: whether the source stores it as (in, out).
+        largest: the magnitude that the encoding depends on; None if it does not.
     """
 
     spec: TensorSpec
     encoding: Encoding | None
     transposed: bool = False
+    largest: LargestMagnitude | None = None
 
     @property
     def linear(self) -> TensorSpec:
@@ -54,6 +81,11 @@ class TensorPlan:
         return TensorSpec(
             self.spec.name, self.spec.dtype, self.spec.shape[::-1] if self.transposed else self.spec.shape
         )
+
+    @property
+    def top(self) -> float:
+        """The magnitude that the encoding depends on; 0 if it does not."""
+        return self.largest.value if self.largest else 0.0
 
     def group(self) -> TensorGroup:
         """Return the tensors that it becomes."""
@@ -74,7 +106,8 @@ class TensorPlan:
             return [partial(_as_it_is, job) for job in read_jobs(checkpoint, self.spec, self.check)]
         if self.transposed:  # only in the GPT-2 family, whose matrices are small
             return [partial(self._encode, self.encoding, checkpoint, None)]
-        pieces = cut_pieces(self.spec, self.encoding.block_size, checkpoint.unit(self.spec.name))
+        unit = self.encoding.codec.unit(self.linear, self.encoding)
+        pieces = cut_pieces(self.spec, unit, checkpoint.unit(self.spec.name))
         return [partial(self._encode, self.encoding, checkpoint, piece) for piece in pieces]
 
     def write(self, pieces: Iterator[QuantizedPiece], writer: TensorWriter) -> dict[str, Any]:
@@ -89,7 +122,7 @@ class TensorPlan:
                 writer.write(self.spec.name, piece.raw)
             return {"fingerprint": writer.tensors[-1].xxh3_128}
         digest, codes = xxhash.xxh3_128(), self.group().specs[0].name
-        gathering = self.encoding.codec.gather(self.linear, self.encoding)
+        gathering = self.encoding.codec.gather(self.linear, self.encoding, self.top)
         for piece in pieces:
             digest.update(bytes_of(piece.raw))
             if piece.packed is not None:
@@ -108,7 +141,7 @@ class TensorPlan:
             raw = values = checkpoint.read_flat(self.spec.name, piece.start, piece.count)
             start = piece.start
         try:
-            return QuantizedPiece(raw, encoding.codec.encode(values, encoding, measure=True))
+            return QuantizedPiece(raw, encoding.codec.encode(values, self.linear, encoding, self.top, measure=True))
         except NonFiniteError:
             self.check(raw.reshape(-1), start)
             raise
@@ -177,8 +210,11 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> QuantizePlan:
         raise UsageError(f"{checkpoint.root}: no experts found to quantize", hint="leave out --moe quantize")
     selection = select(checkpoint, roles, options)
     _check_selection(checkpoint, selection, options)
+    encoding, largest = options.encoding, _largest_of(checkpoint, selection, options.encoding)
     tensors = {
-        choice.spec.name: TensorPlan(choice.spec, None if choice.kept_because else options.encoding, choice.transposed)
+        choice.spec.name: TensorPlan(choice.spec, encoding, choice.transposed, largest.get(choice.spec.name))
+        if not choice.kept_because
+        else TensorPlan(choice.spec, None, choice.transposed)
         for choice in selection.choices
     }
     plan = QuantizePlan(checkpoint, options, selection, tensors)
@@ -192,6 +228,14 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
             raise CheckpointError(
                 f"{checkpoint.root}: tensor {choice.spec.name!r} is empty ({list(choice.spec.shape)})",
                 hint="remove it from the file, or download the checkpoint again",
+            )
+    for choice in selection.choices:
+        shape = choice.spec.shape[::-1] if choice.transposed else choice.spec.shape
+        refusal = "" if choice.kept_because else options.encoding.codec.refusal(shape, options.encoding)
+        if refusal:
+            raise UsageError(
+                f"{choice.spec.name}: {refusal}, as format {options.format} needs",
+                hint=f"keep it in 16 bits with --skip {choice.module}, or choose another --block-size or --format",
             )
     example = next((choice for choice in selection.choices if choice.is_linear), selection.choices[0])
     modules = [(choice.module, *choice.paths) for choice in selection.choices]
@@ -216,6 +260,18 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
             f"{nothing}: every weight stays as it is, such as {kept.spec.name} ({kept.kept_because})",
             hint="only weights of linear layers are quantized; check --skip and --moe",
         )
+
+
+def _largest_of(checkpoint: Checkpoint, selection: Selection, encoding: Encoding) -> dict[str, LargestMagnitude]:
+    """Return what each weight's encoding depends on, by name: those that servers fuse share it."""
+    if not encoding.codec.shares_top:
+        return {}
+    fused = defaultdict[str, list[TensorSpec]](list)
+    for choice in selection.choices:
+        if not choice.kept_because:
+            fused[fused_name(choice.module)].append(choice.spec)
+    found = [(specs, LargestMagnitude(checkpoint, specs)) for specs in fused.values()]
+    return {spec.name: largest for specs, largest in found for spec in specs}
 
 
 def _check_names(checkpoint: Checkpoint, groups: dict[str, TensorGroup]) -> None:

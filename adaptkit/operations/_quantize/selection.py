@@ -14,7 +14,7 @@ from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.operations._roles import Role, Roles
 from adaptkit.operations.options import QuantizeOptions
 
-_REASONS = {"linear": "", "conv1d": "", "expert": "expert: bitsandbytes cannot load it quantized"}
+_REASONS = {"linear": "", "conv1d": "", "expert": "expert: kept without --moe quantize"}
 """Maps the kind of a tensor to the reason why it stays; the names of all other kinds are the reasons themselves."""
 
 
@@ -108,6 +108,10 @@ def _kept_because(spec: TensorSpec, role: Role, options: QuantizeOptions) -> str
         reason = ""
     elif role.kind == "expert" and options.moe == "quantize":
         reason = _expert_kept_because(spec, options.encoding)
+    elif role.kind == "expert" and options.format in ("nf4", "fp4"):
+        reason = "expert: bitsandbytes cannot load it quantized"
+    elif role.kind == "conv1d" and not options.encoding.codec.holds_conv1d:
+        reason = "Conv1D: servers know it in 16 bits only"
     if not reason and spec.dtype not in FLOATS:
         return of_type(spec)
     asked = any(matches_any((spec.name.removesuffix(".weight"), *role.paths), pattern) for pattern in options.skip)
