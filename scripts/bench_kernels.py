@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptkit.formats import fp4, nf4
 from adaptkit.formats._blockwise import Blockwise
-from adaptkit.formats._format import Encoding, writable
 from adaptkit.numerics import exact, lora, residual
 from adaptkit.numerics.kernels import _cpu_factors, reference
 from adaptkit.numerics.kernels._jit import jit
@@ -49,12 +49,6 @@ Run = Callable[[], object]
 def encoders(form: Blockwise, weight: Tensor) -> tuple[Run, Run, Run]:
     """Return functions that encode a weight: adaptkit, bitsandbytes, and the definition."""
     values = as_array(weight)
-    if form.name == "int8":
-        return (
-            lambda: form.quantize(values, BLOCK, measure=False),
-            lambda: bnb.quantize_blockwise(weight, blocksize=BLOCK),
-            lambda: reference.encode_8bit(values, BLOCK),
-        )
     return (
         lambda: form.quantize(values, BLOCK, measure=False),
         lambda: bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=form.name),
@@ -66,13 +60,6 @@ def decoders(form: Blockwise, weight: Tensor) -> tuple[Run, Run, Run]:
     """Return functions that decode the results of the encoders."""
     values = as_array(weight)
     parts = *form.quantize(values, BLOCK, measure=False)[:2], values.size, BLOCK
-    if form.name == "int8":
-        codes, state = bnb.quantize_blockwise(weight, blocksize=BLOCK)
-        return (
-            lambda: form.dequantize(*parts, values.dtype),
-            lambda: bnb.dequantize_blockwise(codes, state),
-            lambda: reference.decode_8bit(*parts, values.dtype),
-        )
     packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=form.name)
     return (
         lambda: form.dequantize(*parts, values.dtype),
@@ -86,12 +73,8 @@ def decoders_on_gpu(form: Blockwise, weight: Tensor) -> tuple[Run, Run, Run]:
     codes, absmax, _ = form.quantize(as_array(weight), BLOCK, measure=False)
     moved, constants = as_tensor(codes).to(weight.device), as_tensor(absmax).to(weight.device)
     blocks = Blocks(moved, constants, constants, weight.numel(), BLOCK, form.book)
-    if form.name == "int8":
-        theirs, state = bnb.quantize_blockwise(weight, blocksize=BLOCK)
-        peer = partial(bnb.dequantize_blockwise, theirs, state)
-    else:
-        theirs, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=form.name)
-        peer = partial(bnb.dequantize_4bit, theirs, state)
+    theirs, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=form.name)
+    peer = partial(bnb.dequantize_4bit, theirs, state)
     return partial(decode, blocks, weight.dtype), peer, partial(in_plain_torch, blocks, weight.dtype)
 
 
@@ -193,8 +176,7 @@ def main() -> int:
     extra = f" {'GB/s':>7} {'same bits':>9}" if options.device == "cuda" else ""
     print(f"{'format':6} {'dtype':5} {'':6} " + " ".join(f"{side:>12}" for side in SIDES) + f"   ratios{'':10}{extra}")
     slower = differing = 0
-    for name in writable():
-        form = Encoding(name).codec
+    for form in (nf4.FORMAT, fp4.FORMAT):
         for short, dtype in DTYPES.items():
             values = weight.to(options.device, dtype)
             on_gpu = options.device == "cuda"
@@ -203,7 +185,7 @@ def main() -> int:
                 taken = take_turns(dict(zip(SIDES, sides, strict=True)), options.rounds, options.device)
                 rate = {side: values.numel() / taken[side] / 1e6 for side in SIDES}
                 slower += rate["adaptkit"] < rate["bitsandbytes"]
-                line = f"{name:6} {short:5} {verb:6} " + " ".join(f"{rate[side]:12,.0f}" for side in SIDES)
+                line = f"{form.name:6} {short:5} {verb:6} " + " ".join(f"{rate[side]:12,.0f}" for side in SIDES)
                 line += "".join(f" {rate['adaptkit'] / rate[side]:7.1f}x" for side in SIDES[1:])
                 if on_gpu:
                     same = torch.equal(sides[0]().cpu(), as_tensor(decoders(form, values.cpu())[0]()))
@@ -211,7 +193,7 @@ def main() -> int:
                     traffic = values.numel() * (dtype.itemsize + form.bits / 8 + 4 / BLOCK)
                     line += f" {traffic / taken['adaptkit'] / 1e9:9.0f} {'yes' if same else 'NO':>9}"
                 print(line, flush=True)
-    print(f"slower than bitsandbytes: {slower} of {2 * len(DTYPES) * len(writable())}")
+    print(f"slower than bitsandbytes: {slower} of {2 * len(DTYPES) * 2}")
     if options.device == "cpu":
         bench_merge(weight[:512], options.rounds)
     return int(differing > 0 or (options.device == "cpu" and slower > 0))

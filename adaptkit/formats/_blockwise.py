@@ -1,4 +1,4 @@
-"""Block-wise formats: a flattened weight is cut into blocks, each with one constant (absmax) of its own.
+"""The formats of bitsandbytes: a flattened weight is cut into blocks, each with one constant (absmax) of its own.
 
 So an outlier reduces the precision of its own block only. ``nf4`` draws the parts that all of these formats have.
 """
@@ -6,15 +6,14 @@ So an outlier reduces the precision of its own block only. ``nf4`` draws the par
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._blockwise_state import GET_AGAIN, parse_state, state_bytes
+from adaptkit.formats._blockwise_state import GET_AGAIN, parse_state, state_bytes, stated_as
 from adaptkit.formats._format import EncodedPiece, Encoding, Files, StoredWeight, WritableFormat
 from adaptkit.numerics.absmax import (
     GROUP,
@@ -30,6 +29,7 @@ from adaptkit.numerics.finite import all_finite, check_finite
 from adaptkit.numerics.kernels.codebook import Codebook
 from adaptkit.numerics.spec import TensorSpec
 
+_METHOD = "bitsandbytes (4 bits)"
 _STORAGE = ("BF16", "F16", "F32")
 """Float types that bitsandbytes may declare for 4-bit codes (``bnb_4bit_quant_storage``)."""
 
@@ -40,35 +40,37 @@ class Blockwise(WritableFormat):
 
     Attributes:
         name: in files and on the command line.
-        book: level of each 4-bit code, to be multiplied by the block's constant; None if codes are integers.
-        owner: whose layout it is, as the name of the state says.
-        method: the quantization method that the state's name shows.
+        book: level of each code, to be multiplied by the block's constant.
     """
 
     name: str
-    book: Codebook | None = None
-    owner: ClassVar[str]
-    method: ClassVar[str]
+    book: Codebook
+    bits = 4
+    readers = ("transformers with bitsandbytes", "vLLM", "SGLang", "unsloth")
     block_sizes = (64, 32, 128, 256, 512, 1024, 2048, 4096)
     has_double_quant = True
     holds_conv1d = True
 
-    @abstractmethod
     def quantize(self, values: Array, block_size: int, measure: bool) -> tuple[Array, Array, Array | None]:
         """Return codes, absmax and, if ``measure``, moments of a piece of a weight; see ``kernels.reference``."""
+        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
 
-    @abstractmethod
+        return cpu.encode_4bit(values, block_size, self.book, measure)
+
     def dequantize(self, codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
         """Return (count,) weights; see ``kernels.reference``."""
+        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
+
+        return cpu.decode_4bit(codes, absmax, count, block_size, self.book, dtype)
 
     @property
     def state_suffix(self) -> str:
         """What follows a weight's name in the name of its state."""
-        return f".quant_state.{self.owner}__{self.name}"
+        return f".quant_state.bitsandbytes__{self.name}"
 
     def method_shown(self, names: Collection[str]) -> str | None:
         """See ``Format``."""
-        return self.method if any(name.endswith(self.state_suffix) for name in names) else None
+        return _METHOD if any(name.endswith(self.state_suffix) for name in names) else None
 
     def weight_at(self, files: Files, name: str) -> BlockwiseWeight | None:
         """Return the weight whose state a tensor is; see ``Format``."""
@@ -127,8 +129,7 @@ class Blockwise(WritableFormat):
     def specs(self, weight: TensorSpec, encoding: Encoding) -> list[TensorSpec]:
         """See ``WritableFormat``."""
         name, blocks = weight.name, -(-weight.count // encoding.block_size)
-        packed = ("I8", weight.count) if self.bits == 8 else ("U8", (weight.count + 1) // 2)
-        small, floats = [TensorSpec(name, packed[0], (packed[1], 1))], []
+        small, floats = [TensorSpec(name, "U8", ((weight.count + 1) // 2, 1))], []
         if encoding.double_quant:
             small += [TensorSpec(f"{name}.absmax", "U8", (blocks,))]
             floats += [
@@ -137,8 +138,7 @@ class Blockwise(WritableFormat):
             ]
         else:
             floats += [TensorSpec(f"{name}.absmax", "F32", (blocks,))]
-        if self.book is not None:
-            floats += [TensorSpec(f"{name}.quant_map", "F32", (len(self.book.levels),))]
+        floats += [TensorSpec(f"{name}.quant_map", "F32", (len(self.book.levels),))]
         state = len(state_bytes(weight, encoding, 0.0))
         # Pad the whole group to a multiple of eight bytes; the floats in it then begin at a multiple of four.
         state += -(sum(spec.nbytes for spec in small + floats) + state) % 8
@@ -190,14 +190,40 @@ class Blockwise(WritableFormat):
             }
         else:
             parts = {"absmax": constants}
-        if self.book is not None:
-            parts["quant_map"] = np.array(self.book.levels, np.float32)
+        parts["quant_map"] = np.array(self.book.levels, np.float32)
         named = {f"{weight.name}.{suffix}": part for suffix, part in parts.items()}
         specs = self.specs(weight, encoding)[1:]
         state = next(spec for spec in specs if spec.name.endswith(self.state_suffix))
         text = state_bytes(weight, encoding, offset).ljust(state.nbytes)
         named[state.name] = np.frombuffer(bytearray(text), np.uint8)
         return {spec.name: named[spec.name] for spec in specs}
+
+    def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
+        """See ``WritableFormat``; the block size is only in each weight's state."""
+        return {
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": self.name,
+            "bnb_4bit_use_double_quant": encoding.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": kept,
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "quant_method": "bitsandbytes",
+        }
+
+    def stated(self, block: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
+        """See ``WritableFormat``."""
+        if block.get("quant_method") != "bitsandbytes" or block.get("load_in_4bit") is not True:
+            return None
+        if block.get("bnb_4bit_quant_type", "fp4") != self.name:
+            return None
+        double_quant, kept = block.get("bnb_4bit_use_double_quant", False), block.get("llm_int8_skip_modules")
+        return stated_as(self.name, Encoding.block_size, double_quant, kept)
 
 
 class _Constants:
@@ -245,9 +271,7 @@ class BlockwiseWeight(StoredWeight):
 
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """See ``StoredWeight``."""
-        a_byte = 8 // self.form.bits
-        raw = files.read_bytes(self.name, start // a_byte, -(-count // a_byte))
-        codes = raw if a_byte == 2 else raw.view(np.int8)
+        codes = files.read_bytes(self.name, start // 2, -(-count // 2))
         return self.form.dequantize(codes, self._constants(files, start, count), count, self.unit, dtype)
 
     def too_large(self, files: Files, start: int, count: int, values: Array) -> str:
@@ -271,7 +295,7 @@ class BlockwiseWeight(StoredWeight):
 
 
 def _check_parts(files: Files, weight: BlockwiseWeight) -> None:
-    name, encoding, bits = weight.name, weight.encoding, weight.form.bits
+    name, encoding = weight.name, weight.encoding
     if name not in weight.parts:
         raise CheckpointError(f"{name}: its codes are missing", hint=GET_AGAIN)
     if f"{name}.absmax" not in weight.parts:
@@ -280,14 +304,13 @@ def _check_parts(files: Files, weight: BlockwiseWeight) -> None:
     levels = TensorSpec("", "F32", (256,))
     if f"{name}.nested_quant_map" in weight.parts:
         levels = files.spec(f"{name}.nested_quant_map")
-    code_type = "U8" if bits == 4 and codes.dtype in _STORAGE else codes.dtype
+    code_type = "U8" if codes.dtype in _STORAGE else codes.dtype
     types = (*(ARRAY_DTYPES[dtype].name for dtype in (code_type, absmax.dtype, levels.dtype)), levels.count)
-    code_name = "int8" if bits == 8 else "uint8"
-    if types != (code_name, "uint8" if encoding.double_quant else "float32", "float32", 256):
+    if types != ("uint8", "uint8" if encoding.double_quant else "float32", "float32", 256):
         raise CheckpointError(f"{name}: its parts have types that do not fit together: {types}", hint=GET_AGAIN)
     count = math.prod(weight.shape)
     blocks = -(-count // encoding.block_size)
-    if codes.nbytes != (count if bits == 8 else (count + 1) // 2) or absmax.count != blocks:
+    if codes.nbytes != (count + 1) // 2 or absmax.count != blocks:
         found = f"{codes.nbytes} bytes of codes and constants of shape [{absmax.count}]"
         raise CheckpointError(f"{name}: {found} do not make {list(weight.shape)} weights", hint=GET_AGAIN)
     if encoding.double_quant and files.spec(f"{name}.nested_absmax").count != -(-blocks // GROUP):

@@ -5,7 +5,7 @@ Parts and bits are those of ``nf4``, but for the state's name, X.weight.quant_st
     code     s mmm     0 1/192 2/3 1 1/3 1/2 1/6 1/4, of the magnitude mmm
 """
 
-from adaptkit.formats._four_bit import FourBit
+from adaptkit.formats._blockwise import Blockwise
 from adaptkit.numerics.kernels.codebook import FP4
 
-FORMAT = FourBit("fp4", FP4)
+FORMAT = Blockwise("fp4", FP4)

@@ -22,7 +22,7 @@ The codes come first, so that they can be written before the rest is known. The 
 tensor is aligned, and so that every size is known before any weight is read.
 """
 
-from adaptkit.formats._four_bit import FourBit
+from adaptkit.formats._blockwise import Blockwise
 from adaptkit.numerics.kernels.codebook import NF4
 
-FORMAT = FourBit("nf4", NF4)
+FORMAT = Blockwise("nf4", NF4)

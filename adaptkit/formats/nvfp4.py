@@ -97,7 +97,8 @@ class Nvfp4(Grouped):
     ) -> tuple[Array, Array, Array | None]:
         """See ``Grouped``."""
         whole = np.float32(_global_scale(top))
-        codes = E4M3.nearest((np.maximum(high, -low) / np.float32(E2M1.top) * whole).reshape(-1))
+        tops = np.maximum(np.maximum(high, -low), np.float32(0))  # not -0, whose code is not the lowest
+        codes = E4M3.nearest((tops / np.float32(E2M1.top) * whole).reshape(-1))
         stored = np.maximum(codes, 1).reshape(low.shape)  # 2 ** -9 is the smallest, for groups of zeros, too
         return stored.view(ARRAY_DTYPES[_SCALE]), E4M3.values[stored] / whole, None
 

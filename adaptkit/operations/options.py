@@ -111,9 +111,7 @@ class QuantizeOptions(Settings):
 
     format: str = setting("nf4, fp4: for bitsandbytes; others: compressed-tensors.", "nf4", choices=writable())
     block_size: int | None = setting(
-        "Weights per constant. Default: nf4, fp4 64; w4a16 128 (also 64, 32); fp8 a row (128: blocks of 128 x 128).",
-        None,
-        at_least=1,
+        "Weights per constant: 64 for nf4, fp4, else 128; fp8: a row, or 128 for blocks of 128 x 128.", None, at_least=1
     )
     double_quant: bool = setting("nf4, fp4: quantize the constants too.", True)
     zero_points: bool = setting("w4a16: zero points, for groups that are not symmetric.", False)

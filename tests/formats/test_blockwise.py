@@ -54,7 +54,7 @@ def test_bitsandbytes_reads_our_parts_and_gets_our_weights(double_quant, block_s
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(5, 12, 64), (4, 256, 128), (3, 384, 64)])  # 12, 512 and 384 blocks a matrix
 def test_a_matrix_of_a_stack_dequantizes_to_its_part_of_the_stack(shape, name, double_quant):
     """Whether or not a group of 256 constants begins with the matrix."""

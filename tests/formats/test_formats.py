@@ -10,17 +10,22 @@ from hypothesis import strategies as st
 from adaptkit import discovery, formats
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.formats._find import stated_encoding
-from adaptkit.formats._format import Encoding, WritableFormat, writable
+from adaptkit.formats._format import Encoding, WritableFormat, encoding_of, writable
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.numerics.tensors import as_array
 
 NAMES = writable()
+BLOCKWISE = ("nf4", "fp4")
 ALL = {name: discovery.load(formats, name, "FORMAT") for name in discovery.names(formats)}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def encode(name, weight, block_size=64, measure=False):
-    encoding = Encoding(name, block_size)
-    return encoding.codec.encode(as_array(weight), encoding, measure)
+    """Encode in a block-wise format, or in rows of any other format's own groups."""
+    encoding = Encoding(name, block_size) if name in BLOCKWISE else encoding_of(name)
+    spec = TensorSpec("x.weight", "F32", tuple(weight.shape))
+    top = float(weight.abs().max()) if weight.numel() else 0.0
+    return encoding.codec.encode(as_array(weight).reshape(-1), spec, encoding, top, measure)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -32,24 +37,20 @@ def test_a_format_is_named_after_its_file_and_says_whether_it_can_be_written(nam
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_the_block_in_the_configuration_is_recognized(name, double_quant):
-    encoding = Encoding(name, 64, double_quant)
+    encoding = encoding_of(name, double_quant=double_quant)
     assert stated_encoding(encoding.codec.config_block(["lm_head"], encoding)) == (encoding, ["lm_head"])
 
 
-@pytest.mark.parametrize("name", ["fp8", "mxfp4", "nonsense"])
+@pytest.mark.parametrize("name", ["awq", "gptq", "nonsense"])
 def test_an_encoding_needs_a_format_that_can_be_written(name):
     with pytest.raises(UsageError, match=f"unknown name '{name}'") as caught:
         Encoding(name)
-    assert caught.value.hint == "choose one of: fp4, int8, nf4"
+    assert caught.value.hint == "choose one of: fp4, fp8, int8, mxfp4, nf4, nvfp4, w4a16"
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_levels_match_bitsandbytes(name):
     assert torch.equal(torch.tensor(ALL[name].book.levels), bnb.get_4bit_type(name, device="cpu"))
-
-
-def test_int8_has_no_table_of_levels():
-    assert ALL["int8"].book is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,20 +59,24 @@ def test_int8_has_no_table_of_levels():
 @pytest.mark.parametrize("place", [(0, 0), (1, 30), (3, 96)])
 def test_non_finite_values_are_refused_with_their_index(name, dtype, bad, place):
     """Also next to the largest finite numbers, and in a short last block."""
-    weight = torch.full((4, 97), torch.finfo(dtype).max, dtype=dtype)
+    weight = torch.full((4, 97 if name in BLOCKWISE else 128), torch.finfo(dtype).max / 8, dtype=dtype)
     encode(name, weight, 64)
     weight[place] = bad
-    with pytest.raises(NonFiniteError, match=rf"\[{place[0]}, {place[1]}\] is {bad}"):
+    with pytest.raises(
+        NonFiniteError, match=rf"\[({place[0] * weight.shape[1] + place[1]}|{place[0]}, {place[1]})\] is {bad}"
+    ):
         encode(name, weight, 64)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BLOCKWISE)
 def test_a_float64_value_beyond_float32_is_refused(name):
     with pytest.raises(NonFiniteError, match=r"\[70\] is inf"):
         encode(name, torch.eye(1, 128, dtype=torch.float64)[0].roll(70) * 1e300, 64)
 
 
-@given(st.sampled_from(NAMES), st.sampled_from(DTYPES), st.integers(1, 9), st.integers(0, 200), st.integers(0, 2**31))
+@given(
+    st.sampled_from(BLOCKWISE), st.sampled_from(DTYPES), st.integers(1, 9), st.integers(0, 200), st.integers(0, 2**31)
+)
 def test_quantizing_in_pieces_gives_the_bytes_of_the_whole(name, dtype, pieces, rest, seed):
     weight = (torch.randn(64 * pieces + rest, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
     whole = encode(name, weight, 64)
@@ -83,7 +88,7 @@ def test_quantizing_in_pieces_gives_the_bytes_of_the_whole(name, dtype, pieces, 
 
 @settings(deadline=None)
 @given(
-    st.sampled_from(NAMES),
+    st.sampled_from(BLOCKWISE),
     st.sampled_from(DTYPES),
     st.integers(1, 700),
     st.sampled_from([32, 64, 256]),
@@ -107,15 +112,15 @@ def test_moments_give_the_squared_error_for_any_constant(name, dtype, count, blo
     assert ((found - expected).abs() <= 1e-6 * (xx + constants**2 * ll)).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BLOCKWISE)
 def test_a_transposed_weight_is_quantized_in_row_major_order(name):
     weight = torch.randn(96, 65, generator=torch.Generator().manual_seed(0)).bfloat16()
     turned, encoding = as_array(weight).T, Encoding(name, 32)
-    found = encoding.codec.encode(turned, encoding)
+    found = encoding.codec.encode(turned, TensorSpec("x.weight", "BF16", turned.shape), encoding)
     assert np.array_equal(found.codes, encode(name, weight.T.contiguous(), 32).codes)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_block_size_below_one_is_refused(name):
-    with pytest.raises(UsageError, match=r"block_size: .*found 0"):
-        Encoding(name, 0)
+def test_a_block_size_that_the_format_lacks_is_refused(name):
+    with pytest.raises(UsageError, match=r"block_size: .*found 48"):
+        Encoding(name, 48, False)

@@ -9,6 +9,7 @@ from adaptkit.errors import UsageError
 from adaptkit.formats import nf4
 from adaptkit.formats._format import Encoding
 from adaptkit.numerics.absmax import dequantize_absmax, dynamic_levels, quantize_absmax
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.numerics.tensors import as_array, as_tensor
 
 
@@ -23,7 +24,7 @@ def test_bytes_match_bitsandbytes(shape, dtype):
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.03).to(dtype)
     weight[0, :5] = 0
     expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    found = nf4.FORMAT.encode(as_array(weight), Encoding())
+    found = nf4.FORMAT.encode(as_array(weight), TensorSpec("", "BF16", weight.shape), Encoding())
     assert torch.equal(as_tensor(found.codes), expected.view(-1))
     double = quantize_absmax(found.constants)
     np.testing.assert_allclose(double.nested_absmax, state.state2.absmax.numpy(), rtol=1e-6)
@@ -39,7 +40,7 @@ def test_bytes_match_bitsandbytes(shape, dtype):
 def test_decoded_weights_match_bitsandbytes(dtype):
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    piece = nf4.FORMAT.encode(as_array(weight), Encoding())
+    piece = nf4.FORMAT.encode(as_array(weight), TensorSpec("", "BF16", weight.shape), Encoding())
     found = nf4.FORMAT.dequantize(piece.codes, piece.constants, weight.numel(), 64, as_array(weight).dtype)
     assert torch.equal(as_tensor(found).view(weight.shape), bnb.dequantize_4bit(packed, state))
 

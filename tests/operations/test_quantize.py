@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.manifest import require_manifest
-from adaptkit.checkpoint.quantization import stated_method
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
@@ -243,21 +242,16 @@ def test_an_integer_matrix_is_copied_unchanged(tmp_path):
     assert torch.equal(tensors_of(tmp_path / "out")[names[1]], tensors[names[1]])
 
 
-def test_int8_is_accurate_marked_as_adaptkits_and_refused_by_transformers(llama, tmp_path):
+def test_int8_is_accurate_in_every_row(llama, tmp_path):
     report = quantize(llama, tmp_path / "out", QuantizeOptions(format="int8"))
-    assert 8 < report.bits_per_parameter < 10.5
+    assert 8 < report.bits_per_parameter < 8.5
     assert report.relative_error < 0.01
-    quantize(llama, tmp_path / "single", QuantizeOptions(format="int8", double_quant=False))
-    dequantize(tmp_path / "single", tmp_path / "plain")
+    dequantize(tmp_path / "out", tmp_path / "plain")
     source, plain = load_file(llama / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
-    for name in quantized_names(Checkpoint(tmp_path / "out")):
-        step = source[name].float().abs().view(-1, 64).amax(dim=1, keepdim=True) / 127
-        error = (plain[name].float() - source[name].float()).view(-1, 64).abs()
-        half_ulp = 2**-8 * source[name].float().abs().view(-1, 64)
-        assert (error <= 0.5 * step + half_ulp).all(), name
-    assert stated_method(Checkpoint(tmp_path / "out").config) == "adaptkit"
-    with pytest.raises(RuntimeError):  # says that shapes differ
-        load(tmp_path / "out")
+    for tensor in report.tensors:
+        before, after = source[tensor.name].float(), plain[tensor.name].float()
+        step = before.abs().amax(dim=1, keepdim=True) / 127 if tensor.format else 0
+        assert ((after - before).abs() <= 0.51 * step + 2**-8 * before.abs()).all(), tensor.name
 
 
 def test_an_error_that_overflows_is_null_in_the_json_report(llama, copy_of, tmp_path, run_cli):

@@ -37,7 +37,7 @@ def test_pieces_do_not_change_the_result(llama, tmp_path, monkeypatch, piece, op
     assert tree(tmp_path / "again") == tree(tmp_path / "plain")
 
 
-@pytest.mark.parametrize(("format", "double_quant"), [("nf4", True), ("nf4", False), ("int8", True)])
+@pytest.mark.parametrize(("format", "double_quant"), [("nf4", True), ("nf4", False), ("int8", False), ("fp8", False)])
 def test_pieces_of_a_weight_with_an_odd_element_count_do_not_change_the_result(
     tmp_path, monkeypatch, format, double_quant
 ):

@@ -309,8 +309,7 @@ def test_experts_are_predicted_unquantized_and_in_4_bits(made, tmp_path, family,
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("llama", {"format": "int8"}),
-        ("llama", {"format": "int8", "block_size": 128, "double_quant": False}),
+        ("llama", {"block_size": 128}),
         ("llama", {"format": "fp4", "double_quant": False}),
         ("llama", {"skip": ("*.0.*", "*up_proj")}),
         ("llama", {"include_head": True}),
@@ -351,10 +350,8 @@ def test_bitsandbytes_keeps_the_output_layer_unless_modules_are_named(tmp_path, 
     [
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
-        {"quant_method": "adaptkit", "format": "int3", "block_size": 64, "double_quant": True},
-        {"quant_method": "adaptkit", "format": "int8", "block_size": 63, "double_quant": True},
-        {"quant_method": "adaptkit", "format": ["int8"], "block_size": "64"},
-        {"quant_method": "adaptkit"},
+        {"quant_method": "compressed-tensors", "config_groups": ["int8"]},
+        {"quant_method": "compressed-tensors"},
     ],
 )
 def test_a_base_that_cannot_be_trained_as_it_is_is_planned_as_quantize_would_pack_it(models, tmp_path, stated):

@@ -22,7 +22,7 @@ from adaptkit.numerics.kernels._cpu_decode import (
     level_pairs,
     scratch_for,
 )
-from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, float_bits, magnitude, rounded, value
+from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, magnitude, value
 from adaptkit.numerics.kernels._jit import compiled, jit
 from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
 from adaptkit.numerics.kernels.codebook import Codebook
@@ -155,62 +155,6 @@ def decode_4bit(
         last = np.empty(-(-(count - weights) // 2) * 2, bits.dtype)
         decode_one_by_one(packed[weights // 2 :], constants[full:], block_size, table, last)
         bits[weights:] = last[: count - weights]
-    return out
-
-
-@jit
-def _encode_8bit(flat, block_size, codes, absmax, moments):
-    scale = np.float32(127)
-    for block in range(absmax.size):
-        x = flat[block * block_size : (block + 1) * block_size]
-        out = codes[block * block_size : (block + 1) * block_size]
-        largest = _absmax(x)
-        absmax[block] = largest
-        factor = scale / largest if largest > 0 else np.float32(0)
-        if np.isinf(factor):
-            for i in range(x.size):
-                out[i] = np.float32(value(x, x[i]) / largest * scale + _ROUND).view(np.int32)
-        else:
-            for i in range(x.size):
-                out[i] = np.float32(value(x, x[i]) * factor + _ROUND).view(np.int32)
-        if moments is not None:
-            _sum_moments_8bit(x, out, moments[block])
-
-
-@compiled(fastmath={"reassoc"})
-def _sum_moments_8bit(x, codes, moments):
-    xx, xq, qq = 0.0, 0.0, 0.0
-    for i in range(x.size):
-        weight, code = np.float64(value(x, x[i])), np.float64(codes[i])
-        xx += weight * weight
-        xq += weight * code
-        qq += code * code
-    moments[0], moments[1], moments[2] = xx, xq / 127.0, qq / 16129.0
-
-
-def encode_8bit(weight: Array, block_size: int, measure: bool = False) -> Encoded:
-    """See ``reference.encode_8bit``."""
-    flat = _loadable(weight)
-    codes, absmax, moments = _outputs(flat.size, np.int8, -(-flat.size // block_size), measure)
-    _encode_8bit(float_bits(flat), block_size, codes, absmax, moments)
-    return codes, absmax, moments
-
-
-@jit
-def _decode_8bit(codes, absmax, block_size, out):
-    for block in range(absmax.size):
-        step = canonical_nan(absmax[block]) / np.float32(127)
-        q = codes[block * block_size : (block + 1) * block_size]
-        x = out[block * block_size : (block + 1) * block_size]
-        for i in range(q.size):
-            x[i] = rounded(out, np.float32(q[i]) * step)
-
-
-def decode_8bit(codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
-    """See ``reference.decode_8bit``."""
-    out: Array = np.empty(count, dtype)
-    flat = np.ascontiguousarray(codes.reshape(-1)[:count])
-    _decode_8bit(flat, np.ascontiguousarray(absmax), block_size, float_bits(out))
     return out
 
 

@@ -78,36 +78,6 @@ def decode_4bit(
 
 
 @np.errstate(all="ignore")
-def encode_8bit(weight: Array, block_size: int, measure: bool = False) -> Encoded:
-    """Round 127 / absmax · weight to the nearest integer, ties to even, block by block.
-
-    Args:
-        weight: any shape, floating point, N elements, taken in row-major order.
-        block_size: number of weights that share one scale, at least 1.
-        measure: whether to return the moments too.
-
-    Returns:
-        codes (N,) int8 and absmax (ceil(N / block_size),) float32, both 0 in a zero block; moments as in
-        ``encode_4bit``, a code's level being code / 127.
-    """
-    flat = cast(weight.reshape(-1), np.float32)
-    blocks = np.pad(flat, (0, -flat.size % block_size)).reshape(-1, block_size)
-    absmax = np.abs(blocks).max(axis=1, initial=0)
-    factor = np.where(absmax > 0, np.float32(127) / absmax, np.float32(0))[:, None]
-    # Below 4e-37 the factor overflows, so such a block is divided by its absmax first.
-    scaled = np.where(np.isinf(factor), blocks / absmax[:, None] * np.float32(127), blocks * factor)
-    codes = np.clip(np.rint(scaled), -127, 127).astype(np.int8).reshape(-1)[: flat.size]
-    return codes, absmax, _moments(flat, codes / 127.0, block_size) if measure else None
-
-
-@np.errstate(all="ignore")
-def decode_8bit(codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
-    """Return code times absmax / 127 in float32, rounded once to ``dtype``, (count,); arguments of ``decode_4bit``."""
-    values = codes.reshape(-1)[:count].astype(np.float32)
-    return _scale(values, absmax / np.float32(127), block_size).astype(dtype)
-
-
-@np.errstate(all="ignore")
 def encode_constants(absmax: Array, lookup: Array, levels: Array) -> tuple[Array, Array, float]:
     """Quantize absmax constants to 8 bits in groups of ``GROUP``, after subtracting their mean.
 

@@ -3,7 +3,7 @@
 Every function gives the same bits as the function of that name in ``reference``, which documents it.
 """
 
-from adaptkit.numerics.kernels._cpu_blocks import decode_4bit, decode_8bit, encode_4bit, encode_8bit, nearest_codes
+from adaptkit.numerics.kernels._cpu_blocks import decode_4bit, encode_4bit, nearest_codes
 from adaptkit.numerics.kernels._cpu_constants import decode_constants, encode_constants
 from adaptkit.numerics.kernels._cpu_exact import add_rounded, addition_sums, undo, undo_residual
 from adaptkit.numerics.kernels._cpu_factors import low_rank_delta, prepare
@@ -13,10 +13,8 @@ __all__ = [
     "add_rounded",
     "addition_sums",
     "decode_4bit",
-    "decode_8bit",
     "decode_constants",
     "encode_4bit",
-    "encode_8bit",
     "encode_constants",
     "low_rank_delta",
     "merge_rows",

@@ -6,10 +6,8 @@ devices, must give the same bits.
 
 from adaptkit.numerics.kernels._reference_blocks import (
     decode_4bit,
-    decode_8bit,
     decode_constants,
     encode_4bit,
-    encode_8bit,
     encode_constants,
 )
 from adaptkit.numerics.kernels._reference_exact import (
@@ -30,10 +28,8 @@ __all__ = [
     "add_rounded",
     "addition_sums",
     "decode_4bit",
-    "decode_8bit",
     "decode_constants",
     "encode_4bit",
-    "encode_8bit",
     "encode_constants",
     "from_ordinal",
     "low_rank_delta",

@@ -39,12 +39,12 @@ class Blocks:
     """Encoded blocks of a flat weight.
 
     Attributes:
-        codes: (ceil(count / 2),) uint8, or (count,) int8.
+        codes: (ceil(count / 2),) uint8.
         constants: of the blocks, doubly quantized or as (M,) float32.
         levels: (256,) float32, the values of the codes of doubly quantized constants.
         count: number of weights.
         block_size: number of weights that share one constant, a power of two.
-        book: levels of 4-bit codes; None if the codes are integers, which are multiplied by constant / 127.
+        book: levels of the codes.
     """
 
     codes: Tensor
@@ -52,7 +52,7 @@ class Blocks:
     levels: Tensor
     count: int
     block_size: int
-    book: Codebook | None
+    book: Codebook
 
 
 def decode(blocks: Blocks, dtype: torch.dtype) -> Tensor:
@@ -80,8 +80,6 @@ def decode_constants(constants: NestedConstants | Tensor, levels: Tensor) -> Ten
 def _by_kernels(blocks: Blocks, dtype: torch.dtype) -> Tensor:
     codes, absmax = as_array(blocks.codes), as_array(decode_constants(blocks.constants, blocks.levels))
     kind, size, book = as_array(torch.empty(0, dtype=dtype)).dtype, blocks.block_size, blocks.book
-    if book is None:
-        return as_tensor(cpu.decode_8bit(codes, absmax, blocks.count, size, kind))
     if not are_shared(blocks.count):
         return as_tensor(cpu.decode_4bit(codes, absmax, blocks.count, size, book, kind))
     weights = torch.empty(blocks.count, dtype=dtype)
@@ -103,9 +101,7 @@ def by_triton(blocks: Blocks, dtype: torch.dtype) -> Tensor:
 
     codes, constants, size = blocks.codes.contiguous(), blocks.constants, blocks.block_size
     out, whole = torch.empty(blocks.count, dtype=dtype, device=codes.device), blocks.count // size * size
-    if blocks.book is None:
-        decode_gpu.decode_8bit(codes, decode_constants(constants, blocks.levels), size, out)
-    elif whole == blocks.count and isinstance(constants, NestedConstants):
+    if whole == blocks.count and isinstance(constants, NestedConstants):
         nested = constants.codes, constants.nested_absmax, constants.offset, blocks.levels
         decode_gpu.decode_nested_4bit(codes, nested, size, blocks.book, out)
     else:
@@ -120,13 +116,10 @@ def by_triton(blocks: Blocks, dtype: torch.dtype) -> Tensor:
 def in_plain_torch(blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """Do ``decode`` without kernels, and without waiting for the device."""
     codes, absmax = blocks.codes, constants_in_plain_torch(blocks.constants, blocks.levels)
-    if blocks.book is None:
-        values, absmax = codes.float(), absmax / torch.full_like(absmax, 127)  # for a number torch may multiply
-    else:
-        known = torch.tensor(blocks.book.levels).to(codes.device, non_blocking=True)
-        byte = torch.arange(256, device=codes.device)
-        pairs = torch.stack([known[byte >> 4], known[byte & 15]], dim=1)  # one look-up decodes both weights of a byte
-        values = pairs.index_select(0, codes.int()).view(-1)[: blocks.count]
+    known = torch.tensor(blocks.book.levels).to(codes.device, non_blocking=True)
+    byte = torch.arange(256, device=codes.device)
+    pairs = torch.stack([known[byte >> 4], known[byte & 15]], dim=1)  # one look-up decodes both weights of a byte
+    values = pairs.index_select(0, codes.int()).view(-1)[: blocks.count]
     size = blocks.block_size
     scale = absmax.repeat_interleave(size, output_size=len(absmax) * size)[: blocks.count]
     return (values * scale).to(dtype)

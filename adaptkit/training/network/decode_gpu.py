@@ -65,15 +65,6 @@ def decode_nested_4bit(
             )
 
 
-def decode_8bit(codes: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
-    """Decode blocks of (N,) int8 codes, the last of which may be short; see ``decode_4bit``."""
-    steps = absmax / torch.full_like(absmax, 127)  # by a tensor: for a number torch may use the reciprocal
-    arguments = codes, steps.contiguous(), _bits(out), len(out), block_size, _WEIGHTS_PER_PROGRAM, _KINDS[out.dtype]
-    if len(out):
-        with _on(codes):
-            _decode_8bit[(triton.cdiv(len(out), _WEIGHTS_PER_PROGRAM),)](*arguments, **_EXACT)
-
-
 def decode_constants(codes: Tensor, nested_absmax: Tensor, offset: float, levels: Tensor) -> Tensor:
     """See ``numerics.kernels.reference``; one launch, since a training step decodes every weight several times."""
     count, out = codes.numel(), torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
@@ -172,18 +163,6 @@ def _decode_rows(codes, scale, levels, out, rows, inside, block: tl.constexpr, k
     tl.store(
         out + rows[:, None] * block + place, _rounded(both * scale[:, None], kind), inside[:, None] & (place < block)
     )
-
-
-@triton.jit
-def _decode_8bit(codes, steps, out, count, size: tl.constexpr, chunk: tl.constexpr, kind: tl.constexpr):
-    """Decode ``count`` weights, ``size`` of which share a step; the last block may be shorter.
-
-    ``size`` is a compile-time constant, since a 64-bit integer division takes a hundred instructions.
-    """
-    offsets = tl.program_id(0).to(tl.int64) * chunk + tl.arange(0, chunk)
-    mask = offsets < count
-    q = tl.load(codes + offsets, mask=mask, other=0).to(tl.float32)
-    tl.store(out + offsets, _rounded(q * tl.load(steps + offsets // size, mask=mask, other=0.0), kind), mask=mask)
 
 
 @triton.jit

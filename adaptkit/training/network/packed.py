@@ -23,8 +23,8 @@ class QuantizedWeight:
 
     Attributes:
         encoding: how it is quantized.
-        book: levels of its 4-bit codes; None if the codes are integers.
-        codes: (ceil(n / 2),) uint8, or (n,) int8.
+        book: levels of its codes.
+        codes: (ceil(n / 2),) uint8.
         constants: absmax constants, doubly quantized or as (M,) float32.
         shape: of the weight: (out, in), or (experts, out, in).
         dtype: type that readers decode to.
@@ -32,7 +32,7 @@ class QuantizedWeight:
     """
 
     encoding: Encoding
-    book: Codebook | None
+    book: Codebook
     codes: Tensor
     constants: NestedConstants | Tensor
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ def read_quantized(files: Checkpoint, name: str) -> QuantizedWeight:
     return QuantizedWeight(
         encoding=weight.encoding,
         book=weight.form.book,
-        codes=codes.view(torch.uint8) if weight.form.book else codes,  # bitsandbytes may declare them as floats
+        codes=codes.view(torch.uint8),  # bitsandbytes may declare them as floats
         constants=NestedConstants(constants, as_tensor(files.read(f"{name}.nested_absmax")), weight.offset)
         if weight.encoding.double_quant
         else constants,

@@ -53,22 +53,16 @@ LEVELS, LOOKUP = torch.from_numpy(absmax.dynamic_levels()), torch.from_numpy(abs
 
 def encode(name, weight, block_size):
     """The function and arguments that encode a weight and measure its moments."""
-    if name == "int8":
-        return "encode_8bit", weight, block_size, True
     return "encode_4bit", weight, block_size, BOOKS[name], True
 
 
 def decode(name, codes, absmax, count, block_size, dtype):
-    if name == "int8":
-        return "decode_8bit", codes, absmax, count, block_size, dtype
     return "decode_4bit", codes, absmax, count, block_size, BOOKS[name], dtype
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["nf4", "fp4", "int8"]), weights(), st.sampled_from([2, 16, 32, 64, 128, 4096]), st.data())
+@given(st.sampled_from(["nf4", "fp4"]), weights(), st.sampled_from([2, 16, 32, 64, 128, 4096]), st.data())
 def test_compiled_kernels_give_the_bits_of_the_definition(name, weight, block_size, data):
-    if name == "int8":
-        block_size = data.draw(st.sampled_from([1, 5, block_size]))
     function, *arguments = encode(name, weight, block_size)
     codes, absmax, moments = getattr(reference, function)(*arguments)
     found = getattr(cpu, function)(*arguments)

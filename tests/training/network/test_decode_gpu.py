@@ -10,21 +10,17 @@ from adaptkit.numerics.absmax import dynamic_levels
 from adaptkit.numerics.kernels.codebook import FP4, NF4
 from adaptkit.training.network.decode import Blocks, NestedConstants, constants_in_plain_torch, decode, in_plain_torch
 
-BOOKS = {"nf4": NF4, "fp4": FP4, "int8": None}
+BOOKS = {"nf4": NF4, "fp4": FP4}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 LEVELS = torch.from_numpy(dynamic_levels())
 
 
 def expected_weights(codes, absmax, count, block_size, book, dtype):
-    if book is None:
-        return reference.decode_8bit(codes, absmax, count, block_size, dtype)
     return reference.decode_4bit(codes, absmax, count, block_size, book, dtype)
 
 
-def random_codes(name, count, generator):
-    if name == "int8":
-        return torch.randint(-127, 128, (count,), generator=generator, dtype=torch.int8)
+def random_codes(count, generator):
     return torch.randint(0, 256, ((count + 1) // 2,), generator=generator, dtype=torch.uint8)
 
 
@@ -45,7 +41,7 @@ def test_every_way_gives_the_bits_of_the_definition(
 ):
     generator, blocks = torch.Generator().manual_seed(seed), min(blocks, 2048 * 64 // block_size)
     count = blocks * block_size - less % 32
-    codes = random_codes(name, count, generator)
+    codes = random_codes(count, generator)
     if nested:
         small = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
         constants = NestedConstants(small, torch.rand(-(-blocks // 256), generator=generator) * 0.1, 0.0371)
@@ -66,8 +62,7 @@ def test_every_way_gives_the_bits_of_the_definition(
 @pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0x7FFFFFFF, -1])
 def test_a_non_finite_constant_decodes_to_non_finite_weights(triton_kernel, name, bits):
     absmax = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
-    codes = torch.arange(64, dtype=torch.uint8).view(torch.int8 if name == "int8" else torch.uint8)
-    codes = codes + 1 if name == "int8" else codes[:32]
+    codes = torch.arange(32, dtype=torch.uint8)
     for dtype in DTYPES:
         expected = expected_weights(codes, absmax, 64, 64, BOOKS[name], dtype)
         for found in in_all_ways(triton_kernel, Blocks(codes, absmax, LEVELS, 64, 64, BOOKS[name]), dtype):

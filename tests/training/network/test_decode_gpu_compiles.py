@@ -14,7 +14,6 @@ from adaptkit.training.network import decode_gpu
 STATIC = {
     "decode_4bit": {"block": 64, "group": 32},
     "decode_nested_4bit": {"block": 64, "group": 32, "nest": 256},
-    "decode_8bit": {"size": 64, "chunk": 2048},
     "decode_constants": {"chunk": 1024, "group": 256},
 }
 POINTERS = {"levels": "*fp32", "steps": "*fp32", "absmax": "*fp32",

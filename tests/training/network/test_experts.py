@@ -239,7 +239,7 @@ def test_a_list_of_experts_dequantizes_to_its_matrices_stacked_in_order():
     assert torch.equal(stack.dequantize(torch.float32), expected)
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_packed_matrices_of_a_list_dequantize_to_its_stack(folders, tmp_path, name):
     quantize(folders["mixtral"].source, tmp_path / name, QuantizeOptions(moe="quantize", format=name))
     network = load_model(tmp_path / name, torch.float32, CPU).network

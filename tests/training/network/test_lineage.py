@@ -22,7 +22,7 @@ def family(made, instructions):
     root = made / "family"
     base = tiny.write_llama(root / "base", tied=False)
     quantize(base, root / "nf4")
-    quantize(base, root / "int8", QuantizeOptions(format="int8"))
+    quantize(base, root / "fp4", QuantizeOptions(format="fp4"))
     shared = {"data": (str(instructions),), "steps": 1, "batch_size": 2, "rank": 2, "learning_rate": 5e-2}
     for name, on, more in (
         ("of-base", "base", {}), ("of-nf4", "nf4", {}), ("of-mlp", "base", {"targets": ("*down_proj",)}),
@@ -67,7 +67,7 @@ def test_a_quantized_base_without_a_manifest_is_recognized_by_its_packed_weights
     ("adapter", "bases", "own"),
     [
         ("resized", ("base", "nf4"), "nf4"),
-        ("resized", ("int8", "nf4"), "nf4"),
+        ("resized", ("fp4", "nf4"), "nf4"),
         ("resized", ("merged", "base"), "base"),
         ("of-nf4", ("base", "merged-nf4"), "base"),
     ],
@@ -86,9 +86,9 @@ def test_an_adapter_is_matched_to_its_quantized_base_without_manifests_too(famil
 def test_an_ambiguous_or_missing_base_is_an_error(family, unsigned):
     resized, of_base = read_adapter(family / "resized"), read_adapter(family / "of-base")
     for adapter, bases in (
-        (resized, [family / "base", family / "int8"]),  # the same 16-bit weights, and neither is its own base
+        (resized, [family / "base", family / "fp4"]),  # the same 16-bit weights, and neither is its own base
         (of_base, [unsigned("merged-nf4"), unsigned("nf4")]),  # packed, and the adapter records only 16-bit weights
-        (of_base, [family / "merged", unsigned("int8")]),
+        (of_base, [family / "merged", unsigned("fp4")]),
     ):
         with pytest.raises(UsageError, match=r"cannot tell which of .* it belongs to") as caught:
             base_of(adapter, [Weights(base) for base in bases])
