@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.formats._find import method_shown, released_methods
+from adaptkit.formats._find import method_shown, quantized_names, read_outline, released_methods, stored_weights
+from adaptkit.formats._format import StoredWeight
 
 _STATED = "quantization_config"
 _INT8 = "bitsandbytes (LLM.int8())"
@@ -66,6 +67,22 @@ def quantization_named(names: Collection[str]) -> str | None:
 def is_released(method: Any) -> bool:
     """Whether some models are released in a method, without a 16-bit checkpoint; ``dequantize`` makes one."""
     return method in released_methods()
+
+
+def packed_weights(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
+    """Return the quantized weights that the trainer keeps packed, by name: the parts of block-wise ones are unchecked.
+
+    Empty if there are none, or if some can only be used once they are dequantized.
+
+    Raises:
+        CheckpointError: a weight is malformed.
+    """
+    if names := quantized_names(checkpoint):
+        return {name: read_outline(checkpoint, name) for name in names}
+    if not is_released(method := quantization_found(checkpoint)):
+        return {}
+    found = stored_weights(checkpoint, method)
+    return {weight.name: weight for weight in found} if all(weight.has_rows for weight in found) else {}
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,11 +74,6 @@ def quantized_names(files: Files) -> list[str]:
     return [name.removesuffix(suffix) for name in states for suffix in known if name.endswith(suffix)]
 
 
-def part_names(files: Files, name: str) -> tuple[str, ...]:
-    """Return the names of all tensors that make up a block-wise weight."""
-    return _form_of(files, name).part_names(files, name)
-
-
 def read_outline(files: Files, name: str) -> BlockwiseWeight:
     """Return a block-wise weight, of which only the state is checked."""
     return _form_of(files, name).read_outline(files, name)

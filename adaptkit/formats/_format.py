@@ -75,6 +75,11 @@ class StoredWeight(ABC):
     input_scales: tuple[str, ...] = ()
     is_linear: bool = False
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is a matrix whose codes can be read row by row; see ``_grouped``."""
+        return False
+
     @abstractmethod
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Read and decode ``count`` > 0 weights from the ``start``-th on, in whole units: (count,) of ``dtype``.

@@ -70,6 +70,11 @@ class GroupedWeight(StoredWeight):
 
     is_linear: bool = True
 
+    @property
+    def has_rows(self) -> bool:
+        """See ``StoredWeight``."""
+        return len(self.shape) == 2
+
     @abstractmethod
     def rows(self, files: Files, first: int, count: int) -> CodedRows:
         """Read some rows."""

@@ -25,8 +25,8 @@ import numpy as np
 
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._compressed_tensors import METHOD, config_block, inputs_of, stated_weights
-from adaptkit.formats._format import GET_AGAIN, Encoding, Files, StoredWeight, stated_quantization
-from adaptkit.formats._grouped import Grouped
+from adaptkit.formats._format import GET_AGAIN, Encoding, Files, stated_quantization
+from adaptkit.formats._grouped import CodedRows, Grouped, GroupedWeight
 from adaptkit.formats._integers import stored_scales
 from adaptkit.formats._scaled import EXPONENTS, is_nvfp4, is_scale, scales_named, scales_of
 from adaptkit.numerics.dtypes import Array, cast
@@ -118,7 +118,7 @@ FORMAT = Fp8()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8Weight(StoredWeight):
+class Fp8Weight(GroupedWeight):
     """A weight in FP8, or a stack of such matrices.
 
     Attributes:
@@ -126,6 +126,16 @@ class Fp8Weight(StoredWeight):
     """
 
     block: tuple[int, int]
+    is_linear: bool = False
+
+    def rows(self, files: Files, first: int, count: int) -> CodedRows:
+        """Read some rows of a matrix; see ``GroupedWeight``."""
+        (_, columns), (height, width) = self.shape, self.block
+        codes = files.read_bytes(self.name, first * columns, count * columns).reshape(count, columns)
+        scales = self._scales_of(files, 0, first, first + count)
+        by_row = scales[np.arange(first, first + count) // height - first // height]
+        groups = np.arange(columns) // width if columns % width else None
+        return CodedRows(codes, E4M3.values, by_row, None, groups)
 
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Decode whole rows, of one matrix or of several; see ``StoredWeight``."""

@@ -27,7 +27,7 @@ import numpy as np
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._compressed_tensors import METHOD, config_block, stated_weights
 from adaptkit.formats._format import GET_AGAIN, Encoding, Files, StoredWeight
-from adaptkit.formats._grouped import Grouped
+from adaptkit.formats._grouped import CodedRows, Grouped, GroupedWeight
 from adaptkit.formats._integers import require, spec_of
 from adaptkit.formats._scaled import EXPONENTS, described, scales_named, scales_of
 from adaptkit.numerics.dtypes import Array, cast
@@ -119,8 +119,19 @@ FORMAT = Mxfp4()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mxfp4Weight(StoredWeight):
+class Mxfp4Weight(GroupedWeight):
     """A matrix in MXFP4 in a plain weight's rows, or a stack, as DeepSeek-V4 stores experts."""
+
+    is_linear: bool = False
+
+    def rows(self, files: Files, first: int, count: int) -> CodedRows:
+        """Read some rows of a matrix; see ``GroupedWeight``."""
+        columns = self.shape[-1]
+        raw = files.read_bytes(self.parts[0], first * columns // 2, count * columns // 2)
+        codes = np.stack((raw & 15, raw >> 4), axis=-1).reshape(count, columns)
+        exponents = files.read_bytes(self.parts[1], first * columns // BLOCK, count * columns // BLOCK)
+        scales = np.ldexp(np.float32(1), exponents.astype(np.int32) - _BIAS)
+        return CodedRows(codes, E2M1.values, np.where(exponents == _NAN, np.nan, scales).reshape(count, -1))
 
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Decode whole blocks; see ``StoredWeight``."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from adaptkit.checkpoint.quantization import packed_weights
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.formats._find import part_names, quantized_names, read_outline
 from adaptkit.models.architecture import language_part
 from adaptkit.models.buffers import GET_AGAIN, compute_buffers
 from adaptkit.models.naming import TensorPlace, places
@@ -61,8 +61,8 @@ class Assembly:
     Attributes:
         sources: maps every parameter and buffer that the files hold to the names of the tensors it is made of. There
             are several if, for example, the files have one matrix per expert and the network a stack of them. Tied
-            parameters have the same list. A quantized weight is listed by the name of its codes.
-        quantized: names of the quantized weights in the files.
+            parameters have the same list. A quantized weight is listed by its own name.
+        quantized: the quantized weights in the files, by name.
 
     Raises:
         CheckpointError: two tensors are the same parameter.
@@ -70,10 +70,10 @@ class Assembly:
 
     def __init__(self, network: Any, checkpoint: Checkpoint) -> None:
         self.network, self.checkpoint = network, checkpoint
-        self.quantized = frozenset(quantized_names(checkpoint))
-        self._parts = {part for name in self.quantized for part in part_names(checkpoint, name)}
-        self._parts -= self.quantized
-        self._places = places(network, [name for name in checkpoint.tensors if name not in self._parts])
+        self.quantized = packed_weights(checkpoint)
+        self._parts = {part for weight in self.quantized.values() for part in weight.parts} - self.quantized.keys()
+        plain = [name for name in checkpoint.tensors if name not in self._parts]
+        self._places = places(network, list(dict.fromkeys([*plain, *self.quantized])))
         self.sources: dict[str, list[str]] = {}
         for file_name in sorted(self._places, key=_by_numbers):
             for name in self._places[file_name].parameters:
@@ -109,7 +109,7 @@ class Assembly:
 
     def is_quantized(self, name: str) -> bool:
         """Whether any of the tensors that a parameter is made of is quantized in the files."""
-        return not self.quantized.isdisjoint(self.sources.get(name, ()))
+        return not self.quantized.keys().isdisjoint(self.sources.get(name, ()))
 
     def place(self, name: str) -> TensorPlace:
         """Return how transformers converts the tensors that a parameter or buffer is made of.
@@ -259,7 +259,7 @@ class Assembly:
 
     def _shape(self, file_name: str) -> tuple[int, ...]:
         if file_name in self.quantized:
-            return read_outline(self.checkpoint, file_name).shape
+            return self.quantized[file_name].shape
         return self.checkpoint.spec(file_name).shape
 
     def _dtype(self, file_name: str) -> torch.dtype:

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter
-from adaptkit.checkpoint.quantization import is_released, quantization_found
+from adaptkit.checkpoint.quantization import is_released, packed_weights, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.documents import Place
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._find import quantized_names
 
 Kind = Literal["adapter", "unquantized checkpoint", "released checkpoint", "quantized checkpoint"]
 """A released checkpoint is one in FP8 or MXFP4; see ``foreign.is_released``."""
@@ -85,7 +84,7 @@ def refuse_undecoded(folder: Path) -> None:
     """
     checkpoint = Checkpoint(folder)
     method = quantization_found(checkpoint)
-    if method is not None and not quantized_names(checkpoint):
+    if method is not None and not packed_weights(checkpoint):
         hint = "use the 16-bit checkpoint that it was made from"
         if is_released(method):
             hint = "add a dequantize step, and use what it makes"

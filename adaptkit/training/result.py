@@ -19,7 +19,6 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.data.chat_template import TEMPLATE_NAME
 from adaptkit.data.tokenizer_files import is_template
 from adaptkit.errors import NonFiniteError
-from adaptkit.formats._find import part_names
 from adaptkit.models.addressing import Slice, find_addresses
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.tensors import DTYPES, as_array
@@ -118,7 +117,7 @@ def _targets(model: Model, base: Manifest | None, records: Mapping[str, TensorRe
     for name, change in model.changes().items():
         target, (file_name, *_) = known.get(name), model.assembly.sources[f"{name}.weight"]
         if target is None and file_name in model.assembly.quantized:
-            parts = [records[part] for part in part_names(model.checkpoint, file_name)]
+            parts = [records[part] for part in model.assembly.quantized[file_name].parts]
             target = Target(name, change.shape, quantized_root=tensors_root(parts))
         elif target is None:
             target = Target(name, records[file_name].shape, records[file_name].xxh3_128)

@@ -19,6 +19,7 @@ from adaptkit.models.casting import hold
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.experts import PackedModule, pack
 from adaptkit.training.network.frozen import PackedWeight, PlainWeight
+from adaptkit.training.network.groups import PackedGroups
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.stack_lora import StackLora
@@ -48,7 +49,7 @@ def parameter_places(model: Model) -> dict[str, ParameterPlace]:
 def _places(network: nn.Module) -> Iterator[tuple[str, ParameterPlace]]:
     for path, module in network.named_modules(remove_duplicate=False):
         if isinstance(module, LoraLinear):
-            yield path, ParameterPlace(module, "weight", isinstance(module.base, PackedWeight))
+            yield path, ParameterPlace(module, "weight", isinstance(module.base, PackedWeight | PackedGroups))
             if module.bias is not None:
                 yield path, ParameterPlace(module, "bias")
         elif not isinstance(module, TrainedWeight | TrainedRows | StackLora):

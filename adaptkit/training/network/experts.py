@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._grouped import GroupedWeight
 from adaptkit.models.assembly import Assembly
 from adaptkit.models.kinds import multiplies_groups
 from adaptkit.models.subclassing import take_place
 from adaptkit.numerics.tensors import as_tensor
 from adaptkit.training.network.frozen import FrozenWeight, PackedWeight, PlainWeight
+from adaptkit.training.network.groups import PackedGroups
 from adaptkit.training.network.packed import read_quantized
 from adaptkit.training.network.routed import RoutedStack
 from adaptkit.training.network.stack_lora import StackLora, StackWithLora
@@ -86,7 +88,9 @@ def read_weight(assembly: Assembly, name: str) -> Stack:
 
 def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
     if file_name in assembly.quantized:
-        checkpoint = assembly.checkpoint
+        checkpoint, weight = assembly.checkpoint, assembly.quantized[file_name]
+        if isinstance(weight, GroupedWeight):
+            return PackedGroups(weight, checkpoint)
         # Not a bound method: deepcopy of the network would then copy the checkpoint, too.
         return PackedWeight(read_quantized(checkpoint, file_name), lambda tensor: checkpoint.release_pages(tensor))
     return PlainWeight(as_tensor(assembly.checkpoint.read(file_name)))
@@ -104,7 +108,7 @@ def _write_expert(stack: Stack, expert: int, target: Tensor) -> None:
     elif isinstance(stack, PackedWeight):
         target.copy_(stack.matrix(expert).dequantize(target.dtype))
         stack.release_pages()
-    else:
+    elif isinstance(stack, PlainWeight):
         target.copy_(stack.weight[expert])
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.training.network.decode import NestedConstants
+from adaptkit.training.network.groups import PackedGroups
 from adaptkit.training.network.packed import QuantizedWeight
 from adaptkit.training.network.probing import with_attribute
 
 
 class PackedWeight(nn.Module):
-    """A frozen quantized weight of any format, packed as in the file: (out, in), or a stack (experts, out, in).
+    """A frozen weight of a block-wise format, packed as in the file: (out, in), or a stack (experts, out, in).
 
     Args:
         weight: the weight as it was read.
@@ -97,7 +98,7 @@ class PlainWeight(nn.Module):
         return self.weight.to(dtype)
 
 
-FrozenWeight = PackedWeight | PlainWeight
+FrozenWeight = PackedWeight | PackedGroups | PlainWeight
 
 
 def transient_weights(network: nn.Module) -> AbstractContextManager[None]:

@@ -10,10 +10,10 @@ from typing import Any
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest, tensors_root
+from adaptkit.checkpoint.quantization import packed_weights
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.formats._find import part_names, quantized_names
 from adaptkit.numerics.spec import FLOATS
 from adaptkit.training.network.adapt import check_shape
 
@@ -32,7 +32,7 @@ class Weights:
     def __init__(self, root: Path) -> None:
         self.root, self.manifest = root, read_manifest(root)
         self._checkpoint = Checkpoint(root)
-        self._quantized = frozenset(quantized_names(self._checkpoint))
+        self._quantized = packed_weights(self._checkpoint)
         self._known = self.manifest.known_weights() if self.manifest else {}
         self._records = {record.name: record for record in (self.manifest.tensors if self.manifest else ())}
 
@@ -43,7 +43,7 @@ class Weights:
             return self._known[module]
         name = module if module in self._checkpoint.tensors else f"{module}.weight"
         if name in self._quantized:
-            parts = part_names(self._checkpoint, name) if expected.quantized_root else ()
+            parts = self._quantized[name].parts if expected.quantized_root else ()
             return Target(module, expected.shape, None, tensors_root(map(self._record, parts))) if parts else None
         spec = self._checkpoint.spec(name) if name in self._checkpoint.tensors else None
         is_plain = spec is not None and spec.shape == expected.shape and spec.dtype in FLOATS

@@ -17,6 +17,7 @@ from adaptkit.errors import UsageError
 from adaptkit.models.assembly import find_stack
 from adaptkit.training.distributed import World
 from adaptkit.training.network.frozen import PackedWeight, PlainWeight
+from adaptkit.training.network.groups import PackedGroups
 
 
 def shard_frozen(network: Any, world: World, release_pages: Callable[[Tensor], None]) -> None:
@@ -39,6 +40,10 @@ def shard_frozen(network: Any, world: World, release_pages: Callable[[Tensor], N
     if not any(isinstance(module, PackedWeight | PlainWeight) for module in layers.modules()):
         raise UsageError(
             f"shard_base: the layers in {path} have no linear layers to shard", hint="leave out --shard-base"
+        )
+    if any(isinstance(module, PackedGroups) for module in layers.modules()):
+        raise UsageError(
+            "shard_base: shards NF4, FP4 and plain weights only", hint="leave out --shard-base, or quantize to NF4"
         )
     others = set(network.parameters())  # frozen linear weights are still buffers here
     network.base_model.register_forward_hook(_clone_views)

@@ -8,10 +8,9 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.manifest import Manifest
-from adaptkit.checkpoint.quantization import is_released, quantization_found
+from adaptkit.checkpoint.quantization import is_released, packed_weights, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.formats._find import quantized_names
 from adaptkit.models.addressing import find_addresses, unsupported_steps
 from adaptkit.models.architecture import path_of
 from adaptkit.models.kinds import (
@@ -48,7 +47,7 @@ def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     Raises:
         UsageError: the base is quantized in another tool's format, or the requested method does not support the base.
     """
-    ours, root = bool(quantized_names(checkpoint)), checkpoint.root
+    ours, root = bool(packed_weights(checkpoint)), checkpoint.root
     found = quantization_found(checkpoint)
     if found and not ours:
         raise UsageError(
