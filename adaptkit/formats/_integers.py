@@ -6,6 +6,8 @@ Codes are packed into streams of bits, lowest first, in words of 32 bits: column
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from adaptkit.errors import CheckpointError
@@ -19,6 +21,12 @@ _A_WORD = 8
 """Number of codes of 4 bits in a word."""
 _READ_AT_A_TIME = 1 << 18
 """Number of bytes of a transposed tensor read at a time, so that they stay in the cache."""
+
+
+@cache
+def levels(bits: int, middle: int = 0) -> Array:
+    """Return the levels of unsigned codes, (2 ** bits,) float32, when code ``middle`` stands for 0."""
+    return np.arange(1 << bits, dtype=np.float32) - np.float32(middle)
 
 
 def unpack(words: Array, bits: int, count: int) -> Array:

@@ -20,7 +20,7 @@ import numpy as np
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._format import GET_AGAIN, Files, Format, stated_quantization
 from adaptkit.formats._grouped import CodedRows, GroupedWeight
-from adaptkit.formats._integers import read_columns, read_scales, require, spec_of, unpack
+from adaptkit.formats._integers import levels, read_columns, read_scales, require, spec_of, unpack
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.spec import FLOATS
 
@@ -28,7 +28,6 @@ _ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """Where in a word each of its eight rows is, lowest bits first."""
 _ROWS = len(_ORDER)
 _BITS = 4
-_LEVELS = np.arange(16, dtype=np.float32)
 
 
 class Awq(Format):
@@ -82,7 +81,7 @@ class AwqWeight(GroupedWeight):
         codes, zeros = (_read_codes(files, part, first, count) for part in self.parts[:2])
         spec = files.spec(self.parts[2])
         scales = read_scales(spec, files.read(spec.name)[:, first : first + count].T)
-        return CodedRows(codes, _LEVELS, scales, zeros)
+        return CodedRows(codes, levels(_BITS), scales, zeros)
 
 
 def _read_codes(files: Files, name: str, first: int, rows: int) -> Array:

@@ -22,7 +22,7 @@ import numpy as np
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._format import GET_AGAIN, Files, Format, stated_quantization
 from adaptkit.formats._grouped import CodedRows, GroupedWeight
-from adaptkit.formats._integers import WORD, read_columns, read_groups, read_scales, require, spec_of, unpack
+from adaptkit.formats._integers import WORD, levels, read_columns, read_groups, read_scales, require, spec_of, unpack
 from adaptkit.numerics.spec import FLOATS
 
 _BITS = (2, 3, 4, 8)
@@ -105,4 +105,4 @@ class GptqWeight(GroupedWeight):
         scales = read_scales(spec, files.read(spec.name)[:, first:stop].T)
         groups = read_groups(files, self.name.removesuffix("weight") + "g_idx", columns, spec.shape[0])
         zeros = stored.astype(np.int16) + self.added & mask
-        return CodedRows(codes, np.arange(mask + 1, dtype=np.float32), scales, zeros, groups)
+        return CodedRows(codes, levels(self.bits), scales, zeros, groups)

@@ -26,7 +26,7 @@ from adaptkit.errors import CheckpointError
 from adaptkit.formats._compressed_tensors import METHOD, config_block, stated_weights
 from adaptkit.formats._format import GET_AGAIN, Encoding, Files
 from adaptkit.formats._grouped import CodedRows, Grouped, GroupedWeight
-from adaptkit.formats._integers import WORD, read_groups, read_scales, require, spec_of, stored_scales, unpack
+from adaptkit.formats._integers import WORD, levels, read_groups, read_scales, require, spec_of, stored_scales, unpack
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.grids import INT4
 from adaptkit.numerics.spec import FLOATS, TensorSpec
@@ -150,8 +150,8 @@ class PackedIntegers(GroupedWeight):
         across = scales.shape[1]
         scale = read_scales(scales, files.read_flat(scales.name, first * across, count * across).reshape(-1, across))
         groups = read_groups(files, f"{self.name}_g_idx", columns, across)
-        levels = np.arange(-half, half, dtype=np.float32)
-        return CodedRows(unpack(packed, self.bits, columns), levels, scale, self._zeros(files, first, count), groups)
+        codes, zeros = unpack(packed, self.bits, columns), self._zeros(files, first, count)
+        return CodedRows(codes, levels(self.bits, half), scale, zeros, groups)
 
     def _zeros(self, files: Files, first: int, rows: int) -> Array | None:
         """Return zero points of some rows, in levels: (rows, groups); None if all are 0."""

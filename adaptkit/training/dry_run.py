@@ -58,7 +58,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     one = checkpoint_bytes(config, parameters)
     require_room(work, one, config.keep_checkpoints)
     return RunPlan(
-        **summarize(output, inputs, batches, trainable, activations),
+        **summarize(output, inputs, batches, model, trainable, activations),
         steps=steps,
         warmup_steps=steps_in(config.warmup, steps),
         resumed_from=resume_step(work, identity),

@@ -208,7 +208,7 @@ def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> Non
 def _report(output: Path, inputs: Inputs, run: Run, kept: int, manifest: Manifest) -> TrainReport:
     held_out = run.history.held_out
     return TrainReport(
-        **summarize(output, inputs, run.batches, run.trainable, run.activations),
+        **summarize(output, inputs, run.batches, run.model, run.trainable, run.activations),
         steps=run.done,
         kept_step=kept,
         skipped=sum("skipped" in line for line in run.history.lines()),

@@ -9,6 +9,8 @@ from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations
 from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.groups import has_groups
+from adaptkit.training.network.model import Model
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class RunSummary:
         segments: number of segments that activation checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
         compute_dtype: dtype of activations and dequantized weights.
+        decoded_by: what decodes a base that no kernel decodes; empty for any other.
     """
 
     output: str
@@ -53,10 +56,11 @@ class RunSummary:
     segments: int
     checkpointing: str
     compute_dtype: str
+    decoded_by: str
 
 
 def summarize(
-    output: Path, inputs: Inputs, batches: Batches, trainable: Trainable, activations: Activations
+    output: Path, inputs: Inputs, batches: Batches, model: Model, trainable: Trainable, activations: Activations
 ) -> dict[str, Any]:
     """Return the fields of ``RunSummary``."""
     return {
@@ -69,6 +73,7 @@ def summarize(
         "segments": activations.checkpointing.segments,
         "checkpointing": str(activations.checkpointing),
         "compute_dtype": inputs.config.compute_dtype,
+        "decoded_by": "plain torch" if has_groups(model.network) else "",
     }
 
 

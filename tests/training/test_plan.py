@@ -309,7 +309,9 @@ def test_experts_are_predicted_unquantized_and_in_4_bits(made, tmp_path, family,
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("llama", {"block_size": 128}),
+        ("llama", {"format": "w4a16", "block_size": 32, "zero_points": True}),
+        ("llama", {"format": "fp8", "block_size": 128}),
+        ("llama", {"format": "nvfp4"}),
         ("llama", {"format": "fp4", "double_quant": False}),
         ("llama", {"skip": ("*.0.*", "*up_proj")}),
         ("llama", {"include_head": True}),
@@ -328,7 +330,9 @@ def test_a_quantized_base_is_planned_as_it_is(made, tmp_path, name, options, lay
     if layers == "layer":
         checkpoint_layers(model.network, Checkpointing(2, 1))
     found = plan(tmp_path / "packed", PlanOptions(rank=4, max_length=32, checkpointing=layers, device="cpu"))
-    unread = 0 if options.get("double_quant", True) else 1024  # one table of levels, which all weights hold unread
+    # One table of levels, which all weights share: read for codes of groups, unread without double quantization.
+    tables = {"w4a16": 64, "nvfp4": 64, "fp8": 1024, "fp4": 1024}
+    unread = tables.get(options.get("format"), 0)
     assert found.memory["weights"] + unread == predicted_memory(model.network, 0, 0, Activations(None, 0, 0)).weights
 
 

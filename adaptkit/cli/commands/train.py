@@ -110,6 +110,7 @@ def _plan_rows(plan: "RunPlan") -> list[Row]:
         ("merge", plan.cannot_be_merged),
         ("peft", plan.peft_drops),
         ("activations", f"{plan.compute_dtype}; {plan.checkpointing}"),
+        ("base", f"stays packed; {plan.decoded_by} decodes it" if plan.decoded_by else None),
         ("memory", memory),
         ("checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"),
         *data_rows(plan.data),
@@ -136,6 +137,7 @@ def _rows(report: "TrainReport") -> list[Row]:
         # 0 if all steps were done before this run resumed
         ("speed", f"{report.tokens_per_second:.0f} tokens/s" if report.tokens_per_second else None),
         ("activations", f"{report.compute_dtype}; {report.checkpointing}"),
+        ("base", f"stays packed; {report.decoded_by} decodes it" if report.decoded_by else None),
         (
             "memory",
             f"{size(predicted)} predicted, " + ("not measured" if measured is None else f"{size(measured)} measured"),

@@ -2,18 +2,20 @@
 
     packed       the codes; per block a constant of 1 byte, a float32 per 256 of these and a table of their levels, or
                  without double quantization a constant of 4 bytes
+    groups       (integers, FP8, MXFP4, NVFP4) the codes, and per group 2 bytes, or 4 with zero points
     others       linear layers as stored, everything else in the compute dtype
 
 A base that is quantized already is packed as its configuration says, any other as ``quantize`` does by default.
 bitsandbytes' configuration does not tell the block size, which is planned as 64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
+from adaptkit.formats._blockwise import Blockwise
 from adaptkit.formats._find import stated_encoding
 from adaptkit.formats._format import Encoding, stated_quantization
 from adaptkit.models.assembly import find_stack
@@ -55,21 +57,27 @@ class Packing:
         names = {name for name in names if not any(f".{path}." in f".{name}." for path in kept or ())}
         return cls(frozenset(names | experts if moe == "quantize" else names), encoding)
 
-    def nbytes(self, count: int) -> int:
-        """Return the bytes of a packed weight of so many elements."""
-        parts = self.encoding.codec.specs(_flat(count), self.encoding)
-        return sum(part.nbytes for part in parts if ".quant_" not in part.name)  # state and levels: in files alone
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Return the bytes of a packed weight."""
+        parts = self._parts(shape)
+        if isinstance(self.encoding.codec, Blockwise):
+            return sum(part.nbytes for part in parts if ".quant_" not in part.name)  # state and levels: in files alone
+        groups = shape[0] * parts[-1].shape[1]  # scales of a block are held for each of its rows
+        return parts[0].nbytes + groups * (4 if self.encoding.zero_points else 2)
 
-    def codes_nbytes(self, count: int) -> int:
-        """Return the bytes of its codes alone."""
-        return self.encoding.codec.specs(_flat(count), self.encoding)[0].nbytes
+    def codes_nbytes(self, shape: Sequence[int]) -> int:
+        """Return the bytes of its codes that are mapped, not held in memory."""
+        return self._parts(shape)[0].nbytes if isinstance(self.encoding.codec, Blockwise) else 0
+
+    def _parts(self, shape: Sequence[int]) -> list[TensorSpec]:
+        return self.encoding.codec.specs(TensorSpec("weight", "BF16", tuple(shape)), self.encoding)
 
     def codes_of_layers(self, network: Any) -> list[list[int]]:
         """Return the bytes of the codes of every layer's packed weights."""
         path, layers = find_stack(network)
         return [
             [
-                self.codes_nbytes(one.numel())
+                self.codes_nbytes(one.shape)
                 for name, one in layer.named_parameters()
                 if f"{path}.{index}.{name}" in self.names
             ]
@@ -80,12 +88,8 @@ class Packing:
         """Return the bytes of all weights of a network whose every weight is frozen."""
         linear = {f"{name}.weight" for name in shapes} | {f"{name}.bias" for name in shapes}
         return sum(
-            self.nbytes(parameter.numel())
+            self.nbytes(parameter.shape)
             if name in self.names
             else parameter.numel() * (stored if name in linear else dtype).itemsize
             for name, parameter in network.named_parameters()
         )
-
-
-def _flat(count: int) -> TensorSpec:
-    return TensorSpec("weight", "BF16", (count,))

@@ -66,6 +66,11 @@ class PackedGroups(nn.Module):
         return constants.unsqueeze(2) if self.groups is None else constants[:, self.groups]
 
 
+def has_groups(network: nn.Module) -> bool:
+    """Whether any weight of a network is such a matrix."""
+    return any(isinstance(module, PackedGroups) for module in network.modules())
+
+
 def _packed(slab: CodedRows, is_pairs: bool) -> Tensor:
     codes = as_tensor(slab.codes.copy())
     return codes[:, 0::2] | codes[:, 1::2] << 4 if is_pairs else codes
