@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from adaptkit import discovery, errors, formats
-from adaptkit.formats._format import Format
+from adaptkit.formats._stored import Format
 from adaptkit.numerics import stacking
 from adaptkit.numerics.stacking._method import Method
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.formats._find import method_shown, quantized_names, read_outline, released_methods, stored_weights
-from adaptkit.formats._format import StoredWeight
+from adaptkit.formats._stored import StoredWeight
 
 _STATED = "quantization_config"
 _INT8 = "bitsandbytes (LLM.int8())"

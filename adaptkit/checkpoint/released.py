@@ -11,7 +11,7 @@ from adaptkit.checkpoint.quantization import is_released, quantization_found, wi
 from adaptkit.checkpoint.reader import Checkpoint, Located
 from adaptkit.errors import NonFiniteError
 from adaptkit.formats._find import stored_weights
-from adaptkit.formats._format import StoredWeight
+from adaptkit.formats._stored import StoredWeight
 from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._blockwise_state import GET_AGAIN, parse_state, state_bytes, stated_as
-from adaptkit.formats._format import EncodedPiece, Encoding, Files, StoredWeight, WritableFormat
+from adaptkit.formats._blockwise_state import GET_AGAIN, config_block, parse_state, state_bytes, stated_as
+from adaptkit.formats._format import EncodedPiece, Encoding, WritableFormat
+from adaptkit.formats._stored import Files, StoredWeight
 from adaptkit.numerics.absmax import (
     GROUP,
     DoubleQuantized,
@@ -26,8 +27,11 @@ from adaptkit.numerics.absmax import (
 )
 from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array, cast
 from adaptkit.numerics.finite import all_finite, check_finite
-from adaptkit.numerics.kernels.codebook import Codebook
+from adaptkit.numerics.kernels.codebook import NF4, Codebook
 from adaptkit.numerics.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from adaptkit.numerics.rounding import LinearInputs
 
 _METHOD = "bitsandbytes (4 bits)"
 _STORAGE = ("BF16", "F16", "F32")
@@ -170,6 +174,23 @@ class Blockwise(WritableFormat):
         decoded = self.dequantize(codes, absmax, values.size, encoding.block_size, np.dtype(np.float32))
         return decoded.reshape(values.shape)
 
+    @property
+    def can_be_calibrated(self) -> bool:  # type: ignore[override]
+        """See ``WritableFormat``."""
+        return self.book is NF4
+
+    def calibrated(
+        self, values: Array, weight: TensorSpec, inputs: LinearInputs, encoding: Encoding, top: float = 0.0
+    ) -> tuple[dict[str, Array], Array]:
+        """See ``WritableFormat``; for NF4 only."""
+        from adaptkit.numerics.rounding import calibrated_nf4  # here, since it loads numba
+
+        codes, constants = calibrated_nf4(values, inputs, encoding.block_size, encoding.double_quant)
+        absmax, float32 = dequantize_absmax(constants), np.dtype(np.float32)
+        decoded = self.dequantize(codes, absmax, values.size, encoding.block_size, float32).reshape(values.shape)
+        parts = {weight.name: codes.reshape(-1, 1)} | self.constant_parts(weight, encoding, constants)
+        return parts, decoded
+
     def constant_parts(
         self, weight: TensorSpec, encoding: Encoding, constants: DoubleQuantized | Array
     ) -> dict[str, Array]:
@@ -200,30 +221,11 @@ class Blockwise(WritableFormat):
 
     def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
         """See ``WritableFormat``; the block size is only in each weight's state."""
-        return {
-            "_load_in_4bit": True,
-            "_load_in_8bit": False,
-            "bnb_4bit_compute_dtype": "bfloat16",
-            "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": self.name,
-            "bnb_4bit_use_double_quant": encoding.double_quant,
-            "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": kept,
-            "llm_int8_threshold": 6.0,
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "quant_method": "bitsandbytes",
-        }
+        return config_block(self.name, kept, encoding.double_quant)
 
     def stated(self, block: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
         """See ``WritableFormat``."""
-        if block.get("quant_method") != "bitsandbytes" or block.get("load_in_4bit") is not True:
-            return None
-        if block.get("bnb_4bit_quant_type", "fp4") != self.name:
-            return None
-        double_quant, kept = block.get("bnb_4bit_use_double_quant", False), block.get("llm_int8_skip_modules")
-        return stated_as(self.name, Encoding.block_size, double_quant, kept)
+        return stated_as(self.name, block)
 
 
 class _Constants:
@@ -296,10 +298,9 @@ class BlockwiseWeight(StoredWeight):
 
 def _check_parts(files: Files, weight: BlockwiseWeight) -> None:
     name, encoding = weight.name, weight.encoding
-    if name not in weight.parts:
-        raise CheckpointError(f"{name}: its codes are missing", hint=GET_AGAIN)
-    if f"{name}.absmax" not in weight.parts:
-        raise CheckpointError(f"{name}: its constants are missing", hint=GET_AGAIN)
+    for part, what in ((name, "codes"), (f"{name}.absmax", "constants")):
+        if part not in weight.parts:
+            raise CheckpointError(f"{name}: its {what} are missing", hint=GET_AGAIN)
     codes, absmax = files.spec(name), files.spec(f"{name}.absmax")
     levels = TensorSpec("", "F32", (256,))
     if f"{name}.nested_quant_map" in weight.parts:

@@ -7,6 +7,7 @@ The state is padded with spaces to its maximum length, since its size must be kn
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from adaptkit.errors import CheckpointError, UsageError
@@ -76,12 +77,33 @@ def state_bytes(weight: TensorSpec, encoding: Encoding, offset: float) -> bytes:
     return (text + " " * (_OFFSET_WIDTH - len(repr(offset)))).encode()
 
 
-def stated_as(form: str, block_size: Any, double_quant: Any, kept: Any) -> tuple[Encoding, list[str] | None] | None:
-    """Return what ``WritableFormat.stated`` does, for values from a configuration that may be of any type."""
+def config_block(form: str, kept: list[str], double_quant: bool) -> dict[str, Any]:
+    """Return the ``quantization_config`` of bitsandbytes; ``kept`` are paths of modules in 16 bits."""
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": form,
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": kept,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def stated_as(form: str, block: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
+    """Return what ``WritableFormat.stated`` does, for a configuration that may be anybody's."""
+    if block.get("quant_method") != "bitsandbytes" or block.get("load_in_4bit") is not True:
+        return None
+    if block.get("bnb_4bit_quant_type", "fp4") != form:
+        return None
+    double_quant, kept = block.get("bnb_4bit_use_double_quant", False), block.get("llm_int8_skip_modules")
+    if not isinstance(double_quant, bool):
+        return None
     paths = [path for path in kept if isinstance(path, str)] if isinstance(kept, list) else None
-    if not isinstance(block_size, int) or not isinstance(double_quant, bool):
-        return None
-    try:
-        return Encoding(form, block_size, double_quant), paths
-    except UsageError:  # a later version's
-        return None
+    return Encoding(form, Encoding.block_size, double_quant), paths

@@ -11,7 +11,8 @@ from adaptkit.discovery import load, names
 from adaptkit.errors import CheckpointError
 from adaptkit.formats import _blockwise_state
 from adaptkit.formats._blockwise import Blockwise, BlockwiseWeight
-from adaptkit.formats._format import GET_AGAIN, Encoding, Files, Format, StoredWeight, WritableFormat
+from adaptkit.formats._format import Encoding, WritableFormat
+from adaptkit.formats._stored import GET_AGAIN, Files, Format, StoredWeight
 
 
 @cache

@@ -9,80 +9,24 @@ parts. What is read is ``CodedRows``; what is written is encoded by ``Grouped``,
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaptkit.formats._format import EncodedPiece, Encoding, Files, StoredWeight, WritableFormat
+from adaptkit.formats._coded import AT_A_TIME, CodedRows, nearest
+from adaptkit.formats._format import EncodedPiece, Encoding, WritableFormat
 from adaptkit.formats._integers import pack_down
-from adaptkit.numerics.dtypes import Array, cast, dtype_name
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array, cast, dtype_name
 from adaptkit.numerics.finite import all_finite, check_finite
 from adaptkit.numerics.grids import Grid
 from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
 
-_AT_A_TIME = 1 << 16
-"""Number of weights encoded or decoded at a time, so that what is computed on the way stays in the cache."""
+if TYPE_CHECKING:
+    from adaptkit.numerics.rounding import LinearInputs
 
-
-@dataclass(frozen=True)
-class CodedRows:
-    """Rows of a weight, as codes and what their groups share.
-
-    Attributes:
-        codes: (rows, columns) uint8.
-        values: (2 ** bits,) float32, the level of each code.
-        scales: (rows, groups) float32.
-        zeros: (rows, groups) of a signed integer type, in levels; None if there are none.
-        groups: (columns,), the group of each column; None if all have equally many columns, one after the other.
-    """
-
-    codes: Array
-    values: Array
-    scales: Array
-    zeros: Array | None = None
-    groups: Array | None = None
-
-    def decode(self, dtype: np.dtype[Any]) -> Array:
-        """Return the weights, (rows, columns), rounded once to ``dtype``."""
-        rows, columns = self.codes.shape
-        out = np.empty((rows, columns), dtype)
-        step = max(1, _AT_A_TIME // columns)
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what is not finite
-            for first in range(0, rows, step):
-                here = slice(first, first + step)
-                values: Array = self.values.take(self.codes[here])
-                by_group = values if self.groups is not None else values.reshape(len(values), self.scales.shape[1], -1)
-                if self.zeros is not None:
-                    by_group -= self.spread(self.zeros[here].astype(np.float32))
-                by_group *= self.spread(self.scales[here])
-                out[here] = values
-        return out
-
-    def spread(self, constants: Array) -> Array:
-        """Return (rows, groups) constants in a shape that is multiplied with the weights."""
-        return constants[:, :, None] if self.groups is None else constants[:, self.groups]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupedWeight(StoredWeight):
-    """A weight that can be read as ``CodedRows``; its unit is a row."""
-
-    is_linear: bool = True
-
-    @property
-    def has_rows(self) -> bool:
-        """See ``StoredWeight``."""
-        return len(self.shape) == 2
-
-    @abstractmethod
-    def rows(self, files: Files, first: int, count: int) -> CodedRows:
-        """Read some rows."""
-
-    def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
-        """Decode whole rows; see ``StoredWeight``."""
-        columns = self.shape[-1]
-        return self.rows(files, start // columns, count // columns).decode(dtype).reshape(-1)
+RANGES = np.linspace(1.0, 0.5, 11).astype(np.float32)
+"""Calibration tries these shares of each group's range."""
 
 
 class Grouped(WritableFormat):
@@ -160,7 +104,7 @@ class Grouped(WritableFormat):
             codes as bytes of the file; constants (rows, groups) as stored; moments (2,) float64: Σ(w − q)² and Σw².
         """
         columns, unit = weight.shape[-1], self.unit(weight, encoding)
-        step = max(1, _AT_A_TIME // unit) * unit
+        step = max(1, AT_A_TIME // unit) * unit
         pieces = (values[first : first + step].reshape(-1, columns) for first in range(0, values.size, step))
         made = [self._encode_rows(piece, weight, encoding, top, measure) for piece in pieces]
         zeros = [piece.zeros for piece in made if piece.zeros is not None]
@@ -181,6 +125,59 @@ class Grouped(WritableFormat):
         rows = cast(values, np.float32)
         weight, top = TensorSpec("", "F32", values.shape), float(np.abs(rows).max(initial=0))
         return self._coded(rows, weight, encoding, top)[1].decode(rows.dtype)
+
+    def calibrated(
+        self, values: Array, weight: TensorSpec, inputs: LinearInputs, encoding: Encoding, top: float = 0.0
+    ) -> tuple[dict[str, Array], Array]:
+        """See ``WritableFormat``: constants are those of a narrower or wider range, whichever loses least."""
+        from adaptkit.numerics.calibration import prepare  # here, as below, since it loads numba
+        from adaptkit.numerics.rounding import compensated
+
+        flat, important = prepare(values, inputs.importance)
+        rows, step = flat.reshape(values.shape), max(1, AT_A_TIME // values.shape[1])
+        step = -(-step // 128) * 128  # a multiple of every unit
+        found = [
+            self._searched(rows[first : first + step], important, weight, encoding, top)
+            for first in range(0, len(rows), step)
+        ]
+        stored, scales = (np.concatenate([one[place] for one in found]) for place in (0, 1))
+        zeros = None if found[0][2] is None else np.concatenate([one[2] for one in found if one[2] is not None])
+        size = self.size(values.shape[1], encoding)
+        groups = np.arange(values.shape[1]) // size
+        coded = CodedRows(rows, self.grid.values, scales, zeros, groups)
+        if inputs.compensation is None:
+            coded = nearest(rows, coded, self.grid)
+        else:
+            coded = replace(coded, codes=compensated(rows, scales, zeros, groups, inputs.compensation, self.grid))
+        decoded = coded.decode(rows.dtype)
+        gathering = self.gather(weight, encoding, top)
+        gathering.add(EncodedPiece(coded.codes, stored, zeros, np.zeros(2)))
+        codes = self.specs(weight, encoding)[0]
+        packed = self.packed(coded.codes).view(ARRAY_DTYPES[codes.dtype]).reshape(codes.shape)
+        return {codes.name: packed} | gathering.finish()[0], decoded
+
+    def _searched(
+        self, rows: Array, important: Array, weight: TensorSpec, encoding: Encoding, top: float
+    ) -> tuple[Array, Array, Array | None]:
+        """Return stored scales, scales of each row's groups and zero points with the least weighted error."""
+        size, height = self.size(rows.shape[1], encoding), self.height(encoding)
+        groups = np.arange(rows.shape[1]) // size
+        low, high = _of_blocks(*_extremes(rows, size), height)
+        best: tuple[Array, Array, Array | None] | None = None
+        least = np.full(low.shape, np.inf)
+        for factor in RANGES:
+            stored, scales, zeros = self.constants(low * factor, high * factor, weight, encoding, top)
+            by_row = np.repeat(scales, height, axis=0)[: len(rows)]
+            coded = nearest(rows, CodedRows(rows, self.grid.values, by_row, zeros, groups), self.grid)
+            lost = np.square(coded.decode(rows.dtype) - rows) * important
+            lost = np.add.reduceat(lost, np.arange(0, rows.shape[1], size), axis=1, dtype=np.float64)
+            lost = np.add.reduceat(lost, np.arange(0, len(rows), height), axis=0)
+            if best is not None:
+                is_less = lost < least
+                zeros = None if zeros is None or best[2] is None else np.where(is_less, zeros, best[2])
+                stored, scales = np.where(is_less, stored, best[0]), np.where(is_less, scales, best[1])
+            best, least = (stored, scales, zeros), np.minimum(lost, least)
+        return stored, np.repeat(scales, height, axis=0)[: len(rows)], zeros
 
     def packed(self, codes: Array) -> Array:
         """Return (rows, columns) codes as bytes of the file, the earlier of two codes of 4 bits in the low half."""
@@ -205,9 +202,7 @@ class Grouped(WritableFormat):
         low, high = _extremes(rows, size)
         if not all_finite(low) or not all_finite(high):
             check_finite(rows)
-        if height > 1:
-            down = np.arange(0, len(rows), height)
-            low, high = np.minimum.reduceat(low, down), np.maximum.reduceat(high, down)
+        low, high = _of_blocks(low, high, height)
         stored, scales, zeros = self.constants(low, high, weight, encoding, top)
         if height > 1:
             scales = np.repeat(scales, height, axis=0)[: len(rows)]
@@ -238,13 +233,10 @@ class GatheredRows:
         return {name + suffix: part for suffix, part in parts.items()}, self._moments.tolist()
 
 
-def nearest(rows: Array, coded: CodedRows, grid: Grid) -> CodedRows:
-    """Return rows, (rows, columns) float32, with the codes nearest to them, given what their groups share."""
-    shape = (len(rows), coded.scales.shape[1], -1) if coded.groups is None else rows.shape
-    scaled = rows.reshape(shape) / coded.spread(coded.scales)
-    if coded.zeros is not None:
-        scaled += coded.spread(coded.zeros.astype(np.float32))
-    return replace(coded, codes=grid.nearest(scaled.reshape(-1)).reshape(rows.shape))
+def _of_blocks(low: Array, high: Array, height: int) -> tuple[Array, Array]:
+    """Return the smallest and the largest of blocks of so many rows, from those of the rows."""
+    down = np.arange(0, len(low), height)
+    return (low, high) if height == 1 else (np.minimum.reduceat(low, down), np.maximum.reduceat(high, down))
 
 
 def _extremes(rows: Array, size: int) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._format import GET_AGAIN, Files
+from adaptkit.formats._stored import GET_AGAIN, Files
 from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array, cast
 from adaptkit.numerics.spec import TensorSpec
 

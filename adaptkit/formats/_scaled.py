@@ -8,7 +8,7 @@ M.qscale_act (Mistral); of a stack X: X_activation_scale
 """
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._format import Files
+from adaptkit.formats._stored import Files
 from adaptkit.numerics.spec import TensorSpec
 
 EXPONENTS = ("F8_E8M0", "U8")

@@ -24,11 +24,13 @@ import ml_dtypes
 import numpy as np
 
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._coded import CodedRows, GroupedWeight
 from adaptkit.formats._compressed_tensors import METHOD, config_block, inputs_of, stated_weights
-from adaptkit.formats._format import GET_AGAIN, Encoding, Files, stated_quantization
-from adaptkit.formats._grouped import CodedRows, Grouped, GroupedWeight
+from adaptkit.formats._format import Encoding, stated_quantization
+from adaptkit.formats._grouped import Grouped
 from adaptkit.formats._integers import stored_scales
 from adaptkit.formats._scaled import EXPONENTS, is_nvfp4, is_scale, scales_named, scales_of
+from adaptkit.formats._stored import GET_AGAIN, Files
 from adaptkit.numerics.dtypes import Array, cast
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.grids import E4M3

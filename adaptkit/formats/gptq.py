@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._format import GET_AGAIN, Files, Format, stated_quantization
-from adaptkit.formats._grouped import CodedRows, GroupedWeight
+from adaptkit.formats._coded import CodedRows, GroupedWeight
+from adaptkit.formats._format import stated_quantization
 from adaptkit.formats._integers import WORD, levels, read_columns, read_groups, read_scales, require, spec_of, unpack
+from adaptkit.formats._stored import GET_AGAIN, Files, Format
 from adaptkit.numerics.spec import FLOATS
 
 _BITS = (2, 3, 4, 8)

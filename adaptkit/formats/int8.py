@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._coded import CodedRows, GroupedWeight
 from adaptkit.formats._compressed_tensors import METHOD, config_block, inputs_of, stated_weights
-from adaptkit.formats._format import GET_AGAIN, Encoding, Files
-from adaptkit.formats._grouped import CodedRows, Grouped, GroupedWeight
+from adaptkit.formats._format import Encoding
+from adaptkit.formats._grouped import Grouped
 from adaptkit.formats._integers import read_scales, require, stored_scales
+from adaptkit.formats._stored import GET_AGAIN, Files
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.grids import INT8
 from adaptkit.numerics.spec import FLOATS, TensorSpec

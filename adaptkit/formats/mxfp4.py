@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._coded import CodedRows, GroupedWeight
 from adaptkit.formats._compressed_tensors import METHOD, config_block, stated_weights
-from adaptkit.formats._format import GET_AGAIN, Encoding, Files, StoredWeight
-from adaptkit.formats._grouped import CodedRows, Grouped, GroupedWeight
+from adaptkit.formats._format import Encoding
+from adaptkit.formats._grouped import Grouped
 from adaptkit.formats._integers import require, spec_of
 from adaptkit.formats._scaled import EXPONENTS, described, scales_named, scales_of
+from adaptkit.formats._stored import GET_AGAIN, Files, StoredWeight
 from adaptkit.numerics.dtypes import Array, cast
 from adaptkit.numerics.grids import E2M1
 from adaptkit.numerics.spec import TensorSpec

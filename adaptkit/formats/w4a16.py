@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._coded import CodedRows, GroupedWeight
 from adaptkit.formats._compressed_tensors import METHOD, config_block, stated_weights
-from adaptkit.formats._format import GET_AGAIN, Encoding, Files
-from adaptkit.formats._grouped import CodedRows, Grouped, GroupedWeight
+from adaptkit.formats._format import Encoding
+from adaptkit.formats._grouped import Grouped
 from adaptkit.formats._integers import WORD, levels, read_groups, read_scales, require, spec_of, stored_scales, unpack
+from adaptkit.formats._stored import GET_AGAIN, Files
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.grids import INT4
 from adaptkit.numerics.spec import FLOATS, TensorSpec

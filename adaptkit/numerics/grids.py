@@ -1,4 +1,4 @@
-"""The levels that a code can stand for, before the scale of its group: integers, and floats of 4 and 8 bits.
+"""The levels that a code can stand for, before the scale of its group: integers, floats of 4 and 8 bits, NF4.
 
     INT4    -8 .. 7         code q + 8
     INT8    -128 .. 127     code q in two's complement
@@ -10,7 +10,7 @@ Source: OCP Microscaling Formats (MX) Specification 1.0 for the two float types.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from adaptkit.numerics.dtypes import Array
+from adaptkit.numerics.kernels.codebook import NF4_LEVELS
 
 _BATCH = 1 << 16
 """Number of values rounded at a time, so that what is computed on the way stays in the cache."""
@@ -74,10 +75,14 @@ def _integers(bits: int) -> Grid:
     return Grid(values, nearest)
 
 
-def _nearest_e2m1(scaled: Array) -> Array:
-    from adaptkit.numerics.kernels.cpu import nearest_codes  # here, since it loads numba
+def _of_sixteen(levels: Sequence[float]) -> Grid:
+    def nearest(scaled: Array) -> Array:
+        from adaptkit.numerics.kernels.cpu import nearest_codes  # here, since it loads numba
 
-    return nearest_codes(scaled, E2M1.bounds, E2M1.codes)
+        return nearest_codes(scaled, grid.bounds, grid.codes)
+
+    grid = Grid(np.array(levels, np.float32), nearest)
+    return grid
 
 
 def _nearest_e4m3(scaled: Array) -> Array:
@@ -93,5 +98,5 @@ def _nearest_e4m3(scaled: Array) -> Array:
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 INT4, INT8 = _integers(4), _integers(8)
-E2M1 = Grid(np.array([*_MAGNITUDES, *(-level for level in _MAGNITUDES)], np.float32), _nearest_e2m1)
+NF4, E2M1 = _of_sixteen(NF4_LEVELS), _of_sixteen([*_MAGNITUDES, *(-level for level in _MAGNITUDES)])
 E4M3 = Grid(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32), _nearest_e4m3)

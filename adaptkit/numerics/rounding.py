@@ -1,8 +1,8 @@
 """Error-compensating rounding (GPTQ): the rounding error of each column is compensated by the columns after it.
 
 With H = E[x xᵀ] of a linear's inputs, the expected squared error of its outputs is Σ_rows ΔW H ΔWᵀ. Columns are rounded
-from left to right; the error e of column j is subtracted from the later columns, weighted by row j of the upper
-Cholesky factor U of H⁻¹:
+one after the other, in the order of their inputs' size; the error e of column j is subtracted from the later columns,
+weighted by row j of the upper Cholesky factor U of H⁻¹:
 
     e_j = (w_j - q_j) / U_jj,    w_k -= e_j U_jk  for k > j
 
@@ -12,33 +12,30 @@ All products and sums are computed in one fixed order, so the codes depend neith
 from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from dataclasses import dataclass
+from typing import Self
+
 import numpy as np
 import torch
 
 from adaptkit.errors import UsageError
-from adaptkit.numerics.absmax import GROUP, DoubleQuantized, dequantize_absmax, dynamic_levels
+from adaptkit.numerics.absmax import dequantize_absmax
 from adaptkit.numerics.calibration import (
-    BOUNDS,
-    CODES,
     LEAST_SCALE,
-    LEVELS,
     Constants,
-    best_code,
     nest_scales,
     packed,
     prepare,
-    scratch_for,
     search_scales,
+    weighted_nf4,
 )
 from adaptkit.numerics.dtypes import Array
-from adaptkit.numerics.kernels._cpu_blocks import find
+from adaptkit.numerics.grids import NF4, Grid
 from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.tensors import as_array, as_tensor
 
 DAMPING = 0.2
 """Share of the mean second moment added to the diagonal of H. With less, rounding overfits the calibration data."""
-REACH = 8
-"""How many nested codes on either side of the first choice are tried again."""
 ROWS = 64
 """Rows processed together, for which the factor is read once."""
 PANEL = 64
@@ -81,18 +78,83 @@ def compensation_factor(second_moment: Array) -> Array:
     return as_array(factor.float())
 
 
-def compensated_nf4(
-    weight: Array, importance: Array, factor: Array, block_size: int = 64, double_quant: bool = True
-) -> tuple[Array, Constants]:
-    """Quantize a linear's weight to NF4 with activation-weighted scales and error-compensating rounding.
+@dataclass(frozen=True, eq=False)
+class Compensation:
+    """What error-compensating rounding needs to know of a linear's inputs.
 
-    Scales are first searched for the original weights. If scales are nested and no block straddles rows, each block's
-    nested code is chosen again, near the first choice, once the columns before the block's panel are rounded.
+    Attributes:
+        order: (in,) in which columns are rounded, the largest inputs first: their errors find the most columns that
+            can compensate them.
+        factor: (in, in) float32, ``compensation_factor`` of E[x xᵀ] in that order.
+    """
+
+    order: Array
+    factor: Array
+
+    @classmethod
+    def of(cls, second_moment: Array) -> Self:
+        """Compute it from E[x xᵀ], (in, in)."""
+        order = np.argsort(-second_moment.diagonal(), kind="stable")
+        return cls(order, compensation_factor(second_moment[np.ix_(order, order)]))
+
+
+@dataclass(frozen=True, eq=False)
+class LinearInputs:
+    """What calibration knows of a linear's inputs.
+
+    Attributes:
+        importance: (in,) E[x²] of each, not negative.
+        compensation: for error-compensating rounding; None for the nearest levels.
+    """
+
+    importance: Array
+    compensation: Compensation | None = None
+
+
+def compensated(
+    weight: Array, scales: Array, zeros: Array | None, groups: Array, compensation: Compensation, grid: Grid
+) -> Array:
+    """Round a weight to the levels of a grid, given what its groups share; a weight is (level − zero) · scale.
+
+    Args:
+        weight: (out, in) float32.
+        scales: (out, groups) float32, not 0.
+        zeros: (out, groups) in levels, or None.
+        groups: (in,), the group of each column.
+        compensation: of the inputs.
+        grid: the levels.
+
+    Returns:
+        codes (out, in) uint8.
+
+    Source: GPTQ (arXiv:2210.17323) with static groups and its activation order, which changes no file.
+    """
+    order, factor = compensation.order, compensation.factor
+    codes, places = np.empty(weight.shape, np.uint8), groups[order]
+    tile, errors = np.empty((PANEL, TILE), np.float32), np.empty((ROWS, PANEL), np.float32)
+    levels, bounds, known = grid.levels, grid.bounds, grid.codes
+    for top in range(0, len(weight), ROWS):
+        here = slice(top, top + ROWS)
+        rows = np.ascontiguousarray(weight[here, order])
+        found, of_rows = np.empty(rows.shape, np.uint8), scales[here]
+        shifts = None if zeros is None else zeros[here].astype(np.float32)
+        for left in range(0, rows.shape[1], PANEL):
+            panel = places[left : left + PANEL]
+            shift = None if shifts is None else shifts[:, panel]
+            _round_panel(rows, left, of_rows[:, panel], shift, levels, bounds, known, factor, found, errors)
+            _spread(rows, left, errors, factor, tile)
+        codes[here, order] = found
+    return codes
+
+
+def calibrated_nf4(
+    weight: Array, inputs: LinearInputs, block_size: int = 64, double_quant: bool = True
+) -> tuple[Array, Constants]:
+    """Quantize a linear's weight to NF4 with activation-weighted scales and, if asked for, compensated rounding.
 
     Args:
         weight: (out, in), floating point.
-        importance: (in,) E[x²] of each input, the diagonal of H.
-        factor: (in, in) float32, from ``compensation_factor``.
+        inputs: of the layer.
         block_size: weights sharing one scale; a power of two from 32 to 4096.
         double_quant: whether to quantize the scales too.
 
@@ -102,67 +164,54 @@ def compensated_nf4(
     Raises:
         NonFiniteError: a weight or an importance is NaN or infinite.
         UsageError: the shapes do not match, an importance is negative, or the block size is not supported.
-
-    Source: GPTQ (arXiv:2210.17323), without reordering columns (no act-order), and with the same arithmetic as without
-    lazy batches; here on the NF4 grid.
     """
-    if factor.shape != (weight.shape[-1], weight.shape[-1]):
-        raise UsageError(f"factor of shape {list(factor.shape)} does not fit a weight of shape {list(weight.shape)}")
-    flat, important = prepare(weight, importance)
+    if inputs.compensation is None:
+        return weighted_nf4(weight, inputs.importance, block_size, double_quant)
+    flat, important = prepare(weight, inputs.importance)
     scales = search_scales(flat, important, block_size)
-    constants: Constants = scales
-    if double_quant:
-        constants = nest_scales(flat, important, scales, block_size)
-        scales = dequantize_absmax(constants)
-    work: Array = flat.reshape(weight.shape).copy()
-    codes = np.empty(weight.shape, np.uint8)
-    room, tile = scratch_for(block_size), np.empty((PANEL, TILE), np.float32)
-    errors = np.empty((ROWS, PANEL), np.float32)
-    for top in range(0, len(work), ROWS):
-        rows, first = work[top : top + ROWS], top * work.shape[1]
-        for left in range(0, work.shape[1], PANEL):
-            if isinstance(constants, DoubleQuantized) and work.shape[1] % block_size == 0:
-                _choose_scales(
-                    rows, left, first // block_size, important, block_size, dynamic_levels(), constants.nested_absmax,
-                    np.float32(constants.offset), REACH, room, constants.codes, scales,
-                )  # fmt: skip
-            _round_panel(rows, left, first, scales, block_size, factor, codes[top : top + ROWS], errors)
-            _spread(rows, left, errors, factor, tile)
+    constants: Constants = nest_scales(flat, important, scales, block_size) if double_quant else scales
+    decoded, columns = dequantize_absmax(constants), np.arange(weight.shape[1])
+    if weight.shape[1] % block_size:  # blocks straddle rows
+        decoded, block_size = decoded[np.arange(weight.size) // block_size], 1
+    by_row = decoded.reshape(len(weight), -1)
+    groups = columns // block_size
+    codes = compensated(flat.reshape(weight.shape), by_row, None, groups, inputs.compensation, NF4)
     return packed(codes), constants
 
 
 @jit
-def _choose_scales(work, left, first_block, importance, block_size, levels, nested, offset, reach, room, codes, scales):
-    """Choose the nested codes of the blocks that begin in the panel at ``left``, from the current weights."""
-    blocks = work.shape[1] // block_size
+def _round_panel(work, left, scales, zeros, levels, bounds, known, factor, codes, errors):
+    """Round the columns of the panel at ``left``, of which ``scales`` and ``zeros`` (or None) are."""
+    errors[:] = 0
     for row in range(len(work)):
-        for start in range(left, min(left + PANEL, work.shape[1]), block_size):
-            if start % block_size:
-                break
-            inside = start // block_size
-            block = first_block + row * blocks + inside
-            group, first = nested[block // GROUP], np.int64(codes[block])
-            code = best_code(work[row], importance, inside, block_size, levels, group, offset, first, reach, True, room)
-            codes[block] = code
-            scales[block] = np.float32(levels[code] * group) + offset
+        w = work[row]
+        for inside in range(scales.shape[1]):
+            j = left + inside
+            scale = scales[row, inside]
+            if abs(scale) < LEAST_SCALE:
+                scale = LEAST_SCALE
+            shift = np.float32(0)
+            if zeros is not None:  # decided at compile time
+                shift = zeros[row, inside]
+            level = _count_below(bounds, w[j] / scale + shift)
+            codes[row, j] = known[level]
+            error = (w[j] - (levels[level] - shift) * scale) / factor[j, j]
+            errors[row, inside] = error
+            for k in range(j + 1, left + scales.shape[1]):
+                w[k] -= error * factor[j, k]
 
 
 @jit
-def _round_panel(work, left, first, scales, block_size, factor, codes, errors):
-    """Round the columns of the panel at ``left``; ``first`` is the index of the first weight of ``work``."""
-    errors[:] = 0
-    right = min(left + PANEL, work.shape[1])
-    for row in range(len(work)):
-        w = work[row]
-        for j in range(left, right):
-            scale = scales[(first + row * w.size + j) // block_size]
-            if abs(scale) < LEAST_SCALE:
-                scale = LEAST_SCALE
-            codes[row, j] = find(w[j] / scale, BOUNDS, CODES)
-            error = (w[j] - find(w[j] / scale, BOUNDS, LEVELS) * scale) / factor[j, j]
-            errors[row, j - left] = error
-            for k in range(j + 1, right):
-                w[k] -= error * factor[j, k]
+def _count_below(bounds, value):
+    """Return the number of bounds, which ascend, below a value."""
+    low, high = 0, bounds.size
+    while low < high:
+        middle = (low + high) // 2
+        if bounds[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @jit

@@ -23,7 +23,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.errors import CheckpointError, NonFiniteError
 from adaptkit.formats._find import stored_weights
-from adaptkit.formats._format import StoredWeight
+from adaptkit.formats._stored import StoredWeight
 from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array, dtype_name
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.spec import TensorSpec

@@ -20,7 +20,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._blockwise import BlockwiseWeight
 from adaptkit.formats._find import stored_weights
-from adaptkit.formats._format import StoredWeight
+from adaptkit.formats._stored import StoredWeight
 from adaptkit.operations._lineage.tree import Ancestor, Lineage
 from adaptkit.operations._roles import expert_count
 from adaptkit.operations._threads import thread_count

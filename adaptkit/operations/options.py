@@ -124,11 +124,11 @@ class QuantizeOptions(Settings):
 
     def validate(self) -> None:
         """See ``Settings``."""
-        if self.calibration is not None and self.format != "nf4":
-            raise UsageError(
-                f"calibration: needs format nf4, found {self.format}", hint="leave out --calibrate, or use --format nf4"
-            )
-        _ = self.encoding
+        codec = self.encoding.codec
+        if self.calibration is not None and not codec.can_be_calibrated:
+            raise UsageError(f"calibration: not known for format {self.format}", hint="use --format nf4, or w4a16")
+        if self.calibration is not None and self.calibration.bits_budget is not None and self.format != "nf4":
+            raise UsageError(f"bits_budget: needs format nf4, found {self.format}", hint="leave out --bits-budget")
 
     @property
     def encoding(self) -> Encoding:

@@ -22,13 +22,11 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter, write_file
 from adaptkit.errors import IntegrityError
-from adaptkit.formats import nf4
 from adaptkit.models.model_lock import model_lock
-from adaptkit.numerics.calibration import nf4_error, weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
+from adaptkit.numerics.rounding import Compensation, LinearInputs
 from adaptkit.operations._calibrate.layerwise import InputMoments, layer_moments
 from adaptkit.operations._quantize.plan import QuantizedPiece, TensorPlan
 from adaptkit.operations._shards import read_jobs
@@ -163,7 +161,7 @@ def _write_layer(
     threads: int,
 ) -> None:
     products = {id(m): m.second_moment for m in wanted.values() if m.second_moment is not None}
-    factors = dict(zip(products, map_in_threads(compensation_factor, products.values(), threads), strict=True))
+    factors = dict(zip(products, map_in_threads(Compensation.of, products.values(), threads), strict=True))
 
     def make(item: tuple[TensorPlan, InputMoments]) -> tuple[dict[str, Array], dict[str, Any]]:
         plan, moments = item
@@ -176,7 +174,11 @@ def _write_layer(
 
 
 def _make(
-    checkpoint: Checkpoint, plan: TensorPlan, moments: InputMoments, factor: Array | None, init_rank: int | None
+    checkpoint: Checkpoint,
+    plan: TensorPlan,
+    moments: InputMoments,
+    compensation: Compensation | None,
+    init_rank: int | None,
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Quantize one linear, and measure the error."""
     name, encoding = plan.spec.name, plan.encoding
@@ -185,20 +187,15 @@ def _make(
     raw = checkpoint.read(name)
     plan.check(raw.reshape(-1), 0)
     weight = plan.as_linear(raw)
-    arguments = (encoding.block_size, encoding.double_quant)
-    if factor is None:
-        codes, constants = weighted_nf4(weight, moments.mean_square, *arguments)
-    else:
-        codes, constants = compensated_nf4(weight, moments.mean_square, factor, *arguments)
-    lost = nf4_error(weight, codes, constants, encoding.block_size)
+    inputs = LinearInputs(moments.mean_square, compensation)
+    tensors, decoded = encoding.codec.calibrated(weight, plan.linear, inputs, encoding, plan.top)
+    lost = weight.astype(np.float32) - decoded
     squares = [np.square(values.astype(np.float64)).sum(axis=0) for values in (lost, weight)]
     note = {
         "fingerprint": fingerprint(raw),
         "error": [float(per_input.sum()) for per_input in squares],
         "weighted_error": [float(per_input @ moments.mean_square.astype(np.float64)) for per_input in squares],
     }
-    tensors = {name: codes.reshape(plan.group().specs[0].shape)}
-    tensors |= nf4.FORMAT.constant_parts(plan.linear, encoding, constants)
     if init_rank is not None:
         # The full E[x xᵀ] measured no better here than its diagonal, and needs another decomposition.
         lora_a, lora_b = companion_adapter(lost, moments.mean_square, min(init_rank, *lost.shape))

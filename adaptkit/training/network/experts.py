@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._grouped import GroupedWeight
+from adaptkit.formats._coded import GroupedWeight
 from adaptkit.models.assembly import Assembly
 from adaptkit.models.kinds import multiplies_groups
 from adaptkit.models.subclassing import take_place

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.formats._grouped import CodedRows, GroupedWeight
+from adaptkit.formats._coded import CodedRows, GroupedWeight
 from adaptkit.numerics.tensors import as_tensor
 
 _AT_A_TIME = 1 << 20
