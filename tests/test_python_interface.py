@@ -127,7 +127,7 @@ WRONG_TYPES = [
     ("QuantizeOptions", {"format": None}, "text"),
     ("QuantizeOptions", {"skip": [3]}, "text"),
     ("QuantizeOptions", {"double_quant": "no"}, "true or false"),
-    ("QuantizeOptions", {"block_size": None}, "a whole number"),
+    ("QuantizeOptions", {"block_size": "64"}, "a whole number"),
     ("Calibration", {"files": [3]}, "a path"),
     ("MergeOptions", {"undo": "false"}, "true or false"),
     ("MergeOptions", {"undo": None}, "true or false"),

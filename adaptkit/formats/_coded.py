@@ -60,9 +60,14 @@ class CodedRows:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedWeight(StoredWeight):
-    """A weight that can be read as ``CodedRows``; its unit is a row."""
+    """A weight that can be read as ``CodedRows``; its unit is a row.
+
+    Attributes:
+        by_row: whether the codes of its rows follow one another in the files, so that they can be written again.
+    """
 
     is_linear: bool = True
+    by_row: bool = True
 
     @property
     def has_rows(self) -> bool:
@@ -72,6 +77,15 @@ class GroupedWeight(StoredWeight):
     @abstractmethod
     def rows(self, files: Files, first: int, count: int) -> CodedRows:
         """Read some rows."""
+
+    def packed(self, coded: CodedRows) -> Array:
+        """Return the codes of rows as bytes of the file, (rows, bytes).
+
+        Of two codes in a byte the earlier is in the low half. Only for codes of 4 and 8 bits that lie by row;
+        others override it.
+        """
+        codes = coded.codes
+        return codes if len(coded.values) == 256 else codes[:, 0::2] | codes[:, 1::2] << 4
 
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Decode whole rows; see ``StoredWeight``."""

@@ -50,6 +50,16 @@ def unpack(words: Array, bits: int, count: int) -> Array:
     return (raw[..., None] >> shifts & mask).reshape(len(raw), -1)[:, :count]
 
 
+def pack(codes: Array, bits: int) -> Array:
+    """Invert ``unpack``: return (streams, count) codes as bytes, (streams, 4 ceil(count * bits / 32)) uint8."""
+    streams, count = codes.shape
+    found = np.zeros((streams, -(-count * bits // WORD) * (WORD // 8)), np.uint8)
+    stream = np.unpackbits(codes[..., None], axis=2, count=bits, bitorder="little").reshape(streams, -1)
+    packed = np.packbits(stream, axis=1, bitorder="little")
+    found[:, : packed.shape[1]] = packed
+    return found
+
+
 def read_columns(files: Files, spec: TensorSpec, start: int, stop: int) -> Array:
     """Read some columns of a matrix of words: (rows, stop - start); all of it passes through memory, in slices."""
     rows, columns = spec.shape

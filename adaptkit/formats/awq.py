@@ -77,6 +77,8 @@ FORMAT = Awq()
 class AwqWeight(GroupedWeight):
     """A matrix in AWQ's layout."""
 
+    by_row: bool = False
+
     def rows(self, files: Files, first: int, count: int) -> CodedRows:
         """Read some rows, which are columns in the files; see ``GroupedWeight``."""
         codes, zeros = (_read_codes(files, part, first, count) for part in self.parts[:2])

@@ -96,6 +96,7 @@ class GptqWeight(GroupedWeight):
 
     bits: int
     added: int
+    by_row: bool = False
 
     def rows(self, files: Files, first: int, count: int) -> CodedRows:
         """Read some rows, which are columns in the files; see ``GroupedWeight``."""

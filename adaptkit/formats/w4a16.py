@@ -27,7 +27,17 @@ from adaptkit.formats._coded import CodedRows, GroupedWeight
 from adaptkit.formats._compressed_tensors import METHOD, config_block, stated_weights
 from adaptkit.formats._format import Encoding
 from adaptkit.formats._grouped import Grouped
-from adaptkit.formats._integers import WORD, levels, read_groups, read_scales, require, spec_of, stored_scales, unpack
+from adaptkit.formats._integers import (
+    WORD,
+    levels,
+    pack,
+    read_groups,
+    read_scales,
+    require,
+    spec_of,
+    stored_scales,
+    unpack,
+)
 from adaptkit.formats._stored import GET_AGAIN, Files
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.grids import INT4
@@ -154,6 +164,10 @@ class PackedIntegers(GroupedWeight):
         groups = read_groups(files, f"{self.name}_g_idx", columns, across)
         codes, zeros = unpack(packed, self.bits, columns), self._zeros(files, first, count)
         return CodedRows(codes, levels(self.bits, half), scale, zeros, groups)
+
+    def packed(self, coded: CodedRows) -> Array:
+        """See ``GroupedWeight``."""
+        return pack(coded.codes, self.bits)
 
     def _zeros(self, files: Files, first: int, rows: int) -> Array | None:
         """Return zero points of some rows, in levels: (rows, groups); None if all are 0."""

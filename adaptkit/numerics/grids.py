@@ -75,6 +75,17 @@ def _integers(bits: int) -> Grid:
     return Grid(values, nearest)
 
 
+def grid_of(values: Array) -> Grid:
+    """Return the grid of any levels: (2 ** bits,) float32, NaN for codes that stand for none."""
+
+    def nearest(scaled: Array) -> Array:
+        found: Array = grid.codes[np.searchsorted(grid.bounds, scaled)]
+        return found
+
+    grid = Grid(values, nearest)
+    return grid
+
+
 def _of_sixteen(levels: Sequence[float]) -> Grid:
     def nearest(scaled: Array) -> Array:
         from adaptkit.numerics.kernels.cpu import nearest_codes  # here, since it loads numba

@@ -10,7 +10,6 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
@@ -19,8 +18,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, parent_of, rea
 from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import write_file
-from adaptkit.data.windows import read_tokens
-from adaptkit.errors import AdaptkitError, DataError, UsageError
+from adaptkit.errors import AdaptkitError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._calibrate.budget import spend
 from adaptkit.operations._calibrate.calibrated import (
@@ -30,14 +28,12 @@ from adaptkit.operations._calibrate.calibrated import (
     is_calibrated,
     scratch_bytes,
 )
+from adaptkit.operations._calibrate.text import read_calibration
 from adaptkit.operations._quantize.plan import make_plan
 from adaptkit.operations._quantize.report import QuantizeReport, Upgrade, make_report
 from adaptkit.operations._quantize.writing import make_manifest, open_source, source_parents, write_checkpoint
 from adaptkit.operations._threads import thread_count
 from adaptkit.operations.options import Calibration, QuantizeOptions
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def quantize_calibrated(
@@ -65,7 +61,7 @@ def quantize_calibrated(
         _check_apart(output, init)
         check_output(init, force or _is_waiting(init, output), [source])
     checkpoint = open_source(source)
-    tokens = _read_tokens(source, calibration)
+    tokens = read_calibration(source, calibration)
     plan = make_plan(checkpoint, options)
     if dry_run:
         return make_report(output, plan)
@@ -107,13 +103,6 @@ def quantize_calibrated(
             _publish_both(out, manifest, init, companion_modules(encoded), force, transposed)
     report = make_report(output, plan, out.notes, manifest)
     return replace(report, upgrades=tuple(upgrades), companion=str(init) if init else None)
-
-
-def _read_tokens(source: Path, calibration: Calibration) -> Tensor:
-    for file in calibration.files:
-        if file.is_fifo():  # it is read twice: for the tokens, and for the hash in the manifest
-            raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
-    return read_tokens(calibration.files, source, window=calibration.window, max_tokens=calibration.tokens)
 
 
 def _check_apart(output: Path, companion: Path) -> None:

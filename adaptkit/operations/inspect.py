@@ -236,12 +236,13 @@ def _describe_merged(root: Path, manifest: Manifest) -> dict[str, Any]:
         return {"merged_adapters": adapters, "unmerge": f"no: the result of the merge is {manifest.kind}"}
     record = [file for file in manifest.files if file.path.startswith(f"{undo.FOLDER}/")]
     copies = [file for file in manifest.files if file.path.startswith(undo.ADAPTERS_PREFIX)]
+    is_recoded = manifest.operation.get("options", {}).get("values") == "recoded"
     return {
         "merged_adapters": adapters,
         "changed_tensors": len(manifest.targets),
         "undo_record_bytes": sum(file.size for file in record) or None,
         "adapter_copies": len({file.path.split("/")[1] for file in copies}) or None,
-        "unmerge": _can_be_unmerged(root, adapters, record, copies),
+        "unmerge": _can_be_unmerged(root, 0 if copies or is_recoded else adapters, record, copies),
     }
 
 
@@ -251,5 +252,4 @@ def _can_be_unmerged(root: Path, adapters: int, record: Sequence[FileRecord], co
         return f"no: {min(missing)} is missing or has the wrong size"
     if not record:
         return "no: there is no undo record"
-    needs = "needs nothing else" if copies else f"needs {counted(adapters, 'merged adapter')}"
-    return f"exactly; {needs}"
+    return f"exactly; needs {counted(adapters, 'merged adapter') if adapters else 'nothing else'}"

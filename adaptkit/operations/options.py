@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptkit.numerics.randomized import Sketching
 
 DTYPES = ("bfloat16", "float16", "float32")
-MERGE_FORMATS = ("keep", "nf4")
+MERGE_FORMATS = ("keep", "plain", *writable())
 _LARGEST_RANK = 256
 
 
@@ -167,23 +167,27 @@ class MergeOptions(Settings):
     allow_base_mismatch: bool = setting("Merge into a base that the adapter was not trained on.", False)
     untie: bool = setting("Untie the head from the embedding if the merge makes them differ.", False)
     format: str = setting(
-        "keep: the base's types; nf4: merge into the 16-bit weights and quantize the result.",
+        "keep: the types of what is merged into; plain: 16 bits, if that is quantized; others: quantize the result.",
         "keep",
         choices=MERGE_FORMATS,
     )
+    onto: str | None = setting(
+        "Of a quantized BASE: the 16-bit original, or the values that it has, which an adapter was trained on. "
+        "Default: the original; trained, if BASE was released so.",
+        None,
+        choices=("original", "trained"),
+    )
+    calibrate: tuple[Path, ...] = setting("Text that decides how codes of BASE change.", (), metavar="FILE")
+    text: tuple[Path, ...] = setting("Text on which to compare with BASE plus ADAPTERS.", (), metavar="FILE")
     embed_adapter: bool = setting("Store copies of the adapters in the output, for unmerge.", False)
     threads: int | None = _threads()
 
     def validate(self) -> None:
         """See ``Settings``."""
-        if self.format != "keep" and self.embed_adapter:
-            raise UsageError(
-                f"embed_adapter: a merge with format {self.format} cannot be unmerged", hint="leave out --embed-adapter"
-            )
-        if self.embed_adapter and not self.undo:
-            raise UsageError(
-                "embed_adapter: needs the undo record, as unmerge does", hint="leave out --no-undo or --embed-adapter"
-            )
+        left_out = f"--format {self.format}" if self.format != "keep" else "" if self.undo else "--no-undo"
+        if self.embed_adapter and left_out:
+            what = f"embed_adapter: needs the undo record, as unmerge does, which {left_out} leaves out"
+            raise UsageError(what, hint=f"leave out --embed-adapter or {left_out}")
 
 
 @dataclass(frozen=True)
@@ -279,13 +283,9 @@ class StackOptions(Settings):
     def recorded(self, weights: Sequence[float]) -> dict[str, Any]:
         """Return the options that affect the result, for the manifest."""
         limits = {"rank": self.rank, "energy": self.energy}
-        return {
-            "method": self.method,
-            "source": load(stacking, self.method, "METHOD").source,
-            "weights": list(weights),
-            **self.own_settings(),
-            **{name: value for name, value in limits.items() if value is not None},
-        }
+        source = load(stacking, self.method, "METHOD").source
+        recorded = {"method": self.method, "source": source, "weights": list(weights), **self.own_settings()}
+        return recorded | {name: value for name, value in limits.items() if value is not None}
 
     def own_settings(self) -> dict[str, Any]:
         """Return the values of the method's own options by name."""

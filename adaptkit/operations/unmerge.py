@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -25,7 +25,7 @@ from adaptkit.errors import AdaptkitError, BaseMismatchError, IntegrityError
 from adaptkit.numerics.dtypes import Array
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.edits import Edits, matrix_of
-from adaptkit.operations._merge.folding import Fold, Rows, cut_frames, read_rows
+from adaptkit.operations._merge.folding import Fold, RestoredRows, Rows, cut_frames, read_rows
 from adaptkit.operations._merge.merged_model import (
     AGAIN,
     BaseOutline,
@@ -33,9 +33,12 @@ from adaptkit.operations._merge.merged_model import (
     open_merged,
     target_names,
 )
+from adaptkit.operations._merge.recoding import restore
 from adaptkit.operations._shards import TensorGroup, read_jobs, unfinished_shards
 from adaptkit.operations._threads import thread_count
 from adaptkit.operations.options import ThreadOptions
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def unmerge(
 
     Args:
         merged: folder that ``merge`` made.
-        adapters: folders of the adapters that were merged, in any order; None if ``merged`` contains copies.
+        adapters: folders of the adapters that were merged, in any order; None if ``merged`` contains copies, or has
+            the codes of a quantized base, whose undo record is enough.
         output: folder to make.
         threads: number of pieces restored at a time; one per processor if None.
         force: replace an existing output.
@@ -93,14 +97,17 @@ def unmerge(
     threads = thread_count(ThreadOptions(threads).threads)
     model = open_merged(require_folder(merged))
     check_output(output, force, [merged, *adapters])
-    options = model.options
-    read, weights, resaved = model.adapters(adapters)
     records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
     base = model.outline({file: model.header(file, found) for file, found in records.items()})
-    edits = plan_edits(base, read, weights, bool(options.get("untie")), frozenset(options.get("begun", ())))
+    if model.is_recoded:
+        edits, resaved = Edits(), list[Path]()
+        originals = dict[str, str | None].fromkeys(name for found in records.values() for name in found.tensors)
+        originals = {name: None for name in originals if name in base.tensors}
+    else:
+        edits, resaved = _edits(model, adapters, base)
+        originals = target_names(model.manifest, base.tensors)
     _check_headers(model, base, edits)
-    originals = target_names(model.manifest, base.tensors)
-    if set(originals) != set(edits.of) - set(edits.added):
+    if not model.is_recoded and set(originals) != set(edits.of) - set(edits.added):
         raise BaseMismatchError(
             f"{merged}: the merge changed other tensors than these adapters do",
             hint="give the adapters that were merged",
@@ -121,6 +128,14 @@ def unmerge(
     )
 
 
+def _edits(model: MergedModel, adapters: Sequence[Path], base: BaseOutline) -> tuple[Edits, list[Path]]:
+    """Return what the adapters did to the base, and the folders of those that were saved again."""
+    read, weights, resaved = model.adapters(adapters)
+    options = model.options
+    begun, onto_own = frozenset(options.get("begun", ())), options.get("values") is not None
+    return plan_edits(base, read, weights, bool(options.get("untie")), begun, is_trained_on=onto_own), resaved
+
+
 def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
     """Refuse an undo record whose headers do not match the tensors of the merged checkpoint."""
     merged = {name: at for name, at in model.checkpoint.tensors.items() if name not in edits.added}
@@ -134,14 +149,6 @@ def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
         )
         if not fits:
             raise IntegrityError(f"{model.root}: the undo record does not match {name}", hint=AGAIN)
-
-
-@dataclass(frozen=True)
-class _RestoredRows:
-    """Consecutive rows of a tensor: merged and restored."""
-
-    merged: Array
-    values: Array
 
 
 @dataclass
@@ -213,26 +220,30 @@ class _Restoring:
 
     def _jobs(self, group: TensorGroup) -> Sequence[Callable[[], Any]]:
         name, checkpoint = group.source, self.model.checkpoint
-        edit = self.edits.of.get(name)
+        edit, record = self.edits.of.get(name), self._record(name)
+        if self.model.is_recoded and name in self.originals:
+            return self._cut(name, partial(restore, checkpoint, record, name))
         if edit is None or name in self.edits.added:
             return read_jobs(checkpoint, checkpoint.spec(name))
-        record = self._record(name)
         lengths = {step.adapter: undo.lengths_name(name, step.adapter) for step in edit.steps}
         held = {adapter: record.read(key) for adapter, key in lengths.items() if key in record.tensors}
         fold = Fold(edit, held)
         if name not in record.tensors:
             raise IntegrityError(f"{name}: not found in the undo record", hint=AGAIN)
-        try:
-            runs = list(cut_frames(record, name, edit))
-        except IntegrityError as error:
-            raise IntegrityError(f"{name}: {error.message}", hint=AGAIN) from error
+        runs = self._cut(name, partial(cut_frames, record, name, edit.matrix[0], edit.panel_rows))
         return [partial(self._restore, fold, rows, stream) for rows, stream in runs]
 
-    def _restore(self, fold: Fold, rows: Rows, stream: Callable[[], Array]) -> _RestoredRows:
+    def _cut(self, name: str, cut: Callable[[], Iterable[Item]]) -> list[Item]:
+        try:
+            return list(cut())
+        except IntegrityError as error:
+            raise IntegrityError(f"{name}: {error.message}", hint=AGAIN) from error
+
+    def _restore(self, fold: Fold, rows: Rows, stream: Callable[[], Array]) -> RestoredRows:
         name = fold.edit.spec.name
         merged = read_rows(self.model.checkpoint, name, rows)
         try:
-            return _RestoredRows(merged, fold.restore(merged, rows, stream()))
+            return RestoredRows(merged, fold.restore(merged, rows, stream()))
         except IntegrityError as error:
             raise self._mismatch_error(f"{name}: {error.message}") from error
 
@@ -240,7 +251,7 @@ class _Restoring:
         name = group.source
         edit, digest = self.edits.of.get(name), xxhash.xxh3_128()
         for result in results:
-            run = result if isinstance(result, _RestoredRows) else _RestoredRows(result, result)
+            run = result if isinstance(result, RestoredRows) else RestoredRows(result, result)
             digest.update(bytes_of(run.merged))
             if group.specs and (edit is None or len(run.values)):  # a run of added rows restores none of the base's
                 writer.write(name, run.values)

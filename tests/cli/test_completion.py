@@ -30,7 +30,7 @@ def test_paths_are_left_to_the_shell_to_complete(words):
         ("train --method ", METHODS),
         ("train --optimizer adamw8", OPTIMIZERS[1:]),
         ("stack --method dare", ("dare", "dare_ties")),
-        ("quantize --format n", ("nf4",)),
+        ("quantize --format n", ("nf4", "nvfp4")),
         ("qu", ("quantize",)),
         ("train --rank-pattern ", ()),
         ("train --targets ", ()),

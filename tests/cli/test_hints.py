@@ -207,7 +207,7 @@ def test_errors_name_a_setting_as_the_option_or_key_it_was_given_by(
         ("verify {base} --recompute", "--recompute: needs the parents"),
         ("evaluate --base {base} --data x.jsonl --max-tokens 3", "--max-tokens: needs text"),
         ("merge {base} {base} -o out --no-undo --embed-adapter",
-         "--embed-adapter: needs the undo record, as unmerge does"),
+         "--embed-adapter: needs the undo record, as unmerge does, which --no-undo leaves out"),
         ("train --base {base} --data {rows} -o out --device cpu --shard-base",
          "--shard-base: needs several processes, found one"),
     ],

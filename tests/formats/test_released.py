@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from adaptkit.checkpoint.decoded import open_plain
 from adaptkit.checkpoint.quantization import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.released import open_plain
 from adaptkit.formats._find import stored_weights
 from adaptkit.numerics.dtypes import BFLOAT16
 

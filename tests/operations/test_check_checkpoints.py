@@ -126,10 +126,9 @@ def transformers_loads(folder):
     [
         ({}, {"peft", "sglang", "vllm"}),
         ({"format": "fp4"}, {"peft", "sglang", "vllm"}),
-        ({"format": "int8"}, set()),
     ],
 )
-def test_all_programs_but_llama_cpp_accept_4_bit_and_none_accepts_int8(options, takers, llama, tmp_path):
+def test_all_programs_but_llama_cpp_accept_what_bitsandbytes_reads(options, takers, llama, tmp_path):
     quantize(llama, tmp_path / "out", QuantizeOptions(**options))
     assert check(tmp_path / "out").kind == "quantized"
     assert taken(tmp_path / "out") == takers

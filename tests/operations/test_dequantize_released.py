@@ -14,7 +14,7 @@ from adaptkit.checkpoint.manifest import TensorRecord, require_manifest, tensors
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
-from adaptkit.operations.merge import merge
+from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import VerifyOptions, verify
 
@@ -315,26 +315,34 @@ def test_an_adapter_merges_into_the_result_without_a_flag(tmp_path):
         merge(tmp_path / "again", adapter, tmp_path / "other")
 
 
-@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-@pytest.mark.parametrize(
-    ("command", "advice"),
-    [
-        ("train", "adaptkit quantize {} -o NF4; then train on NF4"),
-        ("merge", "adaptkit dequantize {} -o PLAIN; then merge into PLAIN"),
-    ],
-)
-def test_commands_that_cannot_use_a_release_say_what_to_run(request, kind, command, advice, adapter, tmp_path, run_cli):
-    source = request.getfixturevalue(kind)
+def test_train_refuses_stacked_experts_and_says_what_to_run(mxfp4, tmp_path, run_cli):
     data = tiny.write_instructions(tmp_path / "rows.jsonl")
-    arguments = {
-        "train": ["train", "--base", source, "--data", data, "--steps", "1"],
-        "merge": ["merge", source, adapter],
-    }
-    done = run_cli(*arguments[command], "-o", tmp_path / "out")
-    assert done.code in (2, 5), done.stderr
-    assert f"quantized with {kind}" in done.stderr
-    assert f"hint: run: {advice.format(source)}\n" in done.stderr
+    done = run_cli("train", "--base", mxfp4, "--data", data, "--steps", "1", "-o", tmp_path / "out")
+    error, hint = done.refusal(2)
+    assert "is quantized with mxfp4, which cannot be trained" in error
+    assert hint == f"hint: run: adaptkit quantize {mxfp4} -o NF4; then train on NF4"
     assert not (tmp_path / "out").exists()
+
+
+def test_merging_into_stacked_experts_is_refused_but_beside_them_it_is_not(mxfp4, tmp_path):
+    dequantize(mxfp4, tmp_path / "plain")
+    attention = tiny.write_peft_adapter(tmp_path / "attention", tmp_path / "plain", target_modules=["q_proj"])
+    merge(mxfp4, attention, tmp_path / "merged")
+    before, after = Checkpoint(mxfp4), Checkpoint(tmp_path / "merged")
+    assert {name for name in before.tensors if (before.read(name) != after.read(name)).any()} == {
+        f"model.layers.{n}.self_attn.q_proj.weight" for n in range(2)
+    }
+    parameters = ["mlp.experts.down_proj"]
+    experts = tiny.write_peft_adapter(
+        tmp_path / "experts", tmp_path / "plain", target_modules=["q_proj"], target_parameters=parameters
+    )
+    with pytest.raises(CheckpointError, match="down_proj is in a layout in which a merge cannot change single weights"):
+        merge(mxfp4, experts, tmp_path / "other")
+    merge(mxfp4, experts, tmp_path / "sixteen", MergeOptions(format="plain"))
+    merge(tmp_path / "plain", experts, tmp_path / "same")
+    assert (tmp_path / "sixteen" / "model.safetensors").read_bytes() == (
+        tmp_path / "same" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("holder", ["", "text_config"])

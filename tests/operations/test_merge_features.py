@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError, IntegrityError
 from adaptkit.operations._merge import folding
-from adaptkit.operations._merge.merging import _UndoRecord
+from adaptkit.operations._merge.undo_record import UndoRecord
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
@@ -619,7 +619,7 @@ def test_an_undo_record_maps_the_frames_of_one_tensor_at_a_time(tmp_path):
         lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
         return sum(int(end, 16) - int(start, 16) for start, end in (line[0].split("-") for line in lines))
 
-    with contextlib.closing(_UndoRecord(path, b"header")) as record:
+    with contextlib.closing(UndoRecord(path, b"header")) as record:
         for name, frame in frames.items():
             record.add(name, frame[:70_000])
             record.add(name, frame[70_000:])

@@ -79,7 +79,7 @@ def test_the_manifest_names_the_merged_model_its_base_and_adapters(tmp_path, lla
     ]
     with pytest.raises(IntegrityError, match="not a merged model: its manifest says quantized") as raised:
         unmerge(tmp_path / "out", [folder], tmp_path / "back")
-    assert raised.value.hint == "a merge with --format nf4 cannot be undone"
+    assert raised.value.hint == "a merge that quantizes its result cannot be undone"
 
 
 def test_the_16_bit_parent_of_a_quantized_base_is_found_in_the_same_folder(

@@ -14,7 +14,7 @@ REFUSED = {
     "DequantizeOptions": [{"dtype": "int8"}, {"max_shard_bytes": 0}],
     "MergeOptions": [
         *({"weights": (weight,)} for weight in (math.nan, math.inf, 10**400)),
-        *({"format": "fp4"}, {"format": "nf4", "embed_adapter": True}, {"undo": False, "embed_adapter": True}),
+        *({"format": "int2"}, {"format": "nf4", "embed_adapter": True}, {"undo": False, "embed_adapter": True}),
     ],
     "ExtractOptions": [
         *({}, {"rank": 2, "energy": 0.9}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"energy": math.nan}),

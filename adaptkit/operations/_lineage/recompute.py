@@ -22,7 +22,7 @@ SAME_BUT_CARD = f"{SAME}, except for the model card, which publish adds"
 _REPEATABLE = ("dequantize", "merge", "quantize", "resize", "stack", "unmerge")
 _NO_OPTIONS = {
     "dequantize": ("method",),
-    "merge": ("adapters", "begun", "small_files", "quantize"),
+    "merge": ("adapters", "begun", "small_files", "quantize", "values"),
     "stack": ("source",),
 }
 """What manifests record among the options, though it follows from them and the inputs."""

@@ -1,5 +1,6 @@
 """The tree of an artifact's ancestors: found by their hashes, and compared."""
 
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -150,20 +151,27 @@ def check_own_targets(path: Path, manifest: Manifest) -> None:
     Raises:
         IntegrityError: one differs; names the weight.
     """
-    if manifest.kind == "adapter":  # its targets are tensors of its base
+    if manifest.kind in ("adapter", "merged"):  # their targets are tensors of the base
         return
     tensors = {tensor.name: tensor for tensor in manifest.tensors}
     names = list(tensors)  # sorted by ``Manifest``
     for target in manifest.targets:
-        name = _weight_name(target, tensors)
-        if target.quantized_root is None or name is None:
+        if target.quantized_root is None:
             continue
-        below = names[bisect_left(names, f"{name}.") : bisect_left(names, f"{name}/")]  # "/" is the character after "."
-        if tensors_root(tensors[part] for part in (name, *below)) != target.quantized_root:
+        name, ends = f"{target.module}.weight", "._"  # such as weight.absmax, weight_packed
+        if not _starting_with(names, name):
+            name, ends = target.module, "."
+        parts = [part for part in _starting_with(names, name) if part[len(name) :][:1] in ends]
+        if tensors_root(tensors[part] for part in parts) != target.quantized_root:
             raise IntegrityError(
                 f"{path}: {name} does not match its quantized_root in the manifest",
                 hint="restore the artifact from a good copy, or make it again",
             )
+
+
+def _starting_with(names: Sequence[str], prefix: str) -> Sequence[str]:
+    """Return those of some sorted names that start with a prefix."""
+    return names[bisect_left(names, prefix) : bisect_left(names, prefix + chr(sys.maxunicode))]
 
 
 def compare_targets(child: Manifest, parent: Parent, folder: Candidate) -> tuple[int, str]:

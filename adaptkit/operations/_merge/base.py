@@ -1,22 +1,35 @@
-"""The base of a merge: a 16- or 32-bit checkpoint, or the 16-bit parent of a quantized one."""
+"""The base of a merge: a 16- or 32-bit checkpoint, the 16-bit parent of a quantized one, or its decoded values."""
 
+import contextlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.decoded import DecodedCheckpoint
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
-from adaptkit.checkpoint.integrity import read_input_manifest
-from adaptkit.checkpoint.layout import CONFIG_NAME
-from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_of, read_manifest, tensors_root
-from adaptkit.checkpoint.place import is_unfinished
-from adaptkit.checkpoint.quantization import hint_for_plain, is_released, quantization_found
+from adaptkit.checkpoint.integrity import file_problem, read_input_manifest, size_problem
+from adaptkit.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Parent,
+    Target,
+    TensorRecord,
+    parent_of,
+    read_manifest,
+    tensors_root,
+)
+from adaptkit.checkpoint.quantization import is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, IntegrityError
+from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.models.addressing import Slice
-from adaptkit.operations._lineage.parents import Candidate
+from adaptkit.models.base_weights import Weights, check_base
 from adaptkit.operations._merge.edits import Edits
+from adaptkit.operations._merge.original import by_tensor, find_original, parent_root, recorded, was_quantized
+from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._terms import expected_fingerprints
+from adaptkit.operations.options import MergeOptions
 
 _EARLY = 3
 """Number of smallest weights that are compared first, so that a wrong base is an error before hours of work."""
@@ -29,12 +42,16 @@ class Base:
     """The checkpoint that adapters are merged into.
 
     Attributes:
-        checkpoint: the 16- or 32-bit checkpoint.
+        checkpoint: the 16- or 32-bit checkpoint; a ``DecodedCheckpoint`` if it is a quantized one's own values.
         manifest: its manifest; None if there is none.
         expected: maps tensor names to (fingerprint, folder whose manifest records it).
         quantized: the quantized base whose parent ``checkpoint`` is; None if ``checkpoint`` itself was given.
         root: required ``tensors_root``, from its own manifest or the quantized base's; None if neither records it.
         given_root: ``tensors_root`` of the quantized base; None if ``checkpoint`` itself was given.
+        is_trained_on: whether it has the values of a quantized checkpoint: those with which adapters were trained, so
+            that their compensation stays in.
+        is_compared: whether all weights that the adapters' manifests name were compared when it was opened.
+        other: of the original and the quantized base's own values, the one that is not merged into, if it was found.
     """
 
     checkpoint: Checkpoint
@@ -43,39 +60,115 @@ class Base:
     quantized: Path | None = None
     root: str | None = None
     given_root: str | None = None
+    is_trained_on: bool = False
+    is_compared: bool = False
+    other: Checkpoint | None = None
+
+    @property
+    def decoded(self) -> DecodedCheckpoint | None:
+        """The checkpoint if it is decoded while it is read."""
+        return self.checkpoint if isinstance(self.checkpoint, DecodedCheckpoint) else None
+
+    @property
+    def onto(self) -> str:
+        """What is merged into, as ``MergeOptions.onto`` calls it; empty if a base that is not quantized was given."""
+        return "trained" if self.decoded else "original" if self.quantized else ""
 
 
-def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> Base:
+def open_base(path: Path, adapters: Sequence[Adapter], options: MergeOptions) -> Base:
     """Open the base of a merge, and compare its smallest weights with those that the adapters were trained on.
 
-    For a quantized base, search the sibling folders for its 16-bit parent by the fingerprints of its tensors.
+    For a quantized base, unless ``options.onto`` is ``trained``, search the sibling folders for its 16-bit parent by
+    the fingerprints of its tensors; one that was released so has none.
 
     Raises:
         BaseMismatchError: an adapter was trained on other weights; or the base was quantized and dequantized, and no
             manifest shows that the adapter was trained on the result.
         CheckpointError: malformed, or quantized and the parent was not found.
         IntegrityError: config.json does not match the base's manifest.
+        UsageError: the options do not fit a base that is not quantized.
     """
     checkpoint = Checkpoint(path)
-    expected = {} if allow_mismatch else expected_fingerprints(adapters)
+    expected = {} if options.allow_base_mismatch else expected_fingerprints(adapters)
     manifest = read_input_manifest(path)
-    root = manifest.tensors_root if manifest else None
-    if quantization_found(checkpoint) is not None:
-        parent, named = _find_parent(checkpoint, manifest)
-        wanted = named | _by_tensor(parent, expected)
-        base = Base(parent, read_manifest(parent.root), wanted, path, _parent_root(manifest), root)
+    method = quantization_found(checkpoint)
+    if method is None:
+        base = _open_plain(checkpoint, manifest, expected, adapters, options)
+    elif options.onto == "trained" or (options.onto is None and not was_quantized(manifest) and is_released(method)):
+        base = _open_decoded(checkpoint, manifest, expected, adapters, options)
     else:
-        base = Base(checkpoint, manifest, _by_tensor(checkpoint, expected), root=root)
-        is_recorded = all(_recorded(a.manifest, a.root) or is_their_base(base, root or "", [a]) for a in adapters)
-        if _was_dequantized(manifest) and not is_recorded and not allow_mismatch:
-            raise BaseMismatchError(
-                f"{path}: was quantized and dequantized; nothing says that the adapter was trained on these weights",
-                hint=_ORIGINAL,
-            )
+        parent, named = find_original(checkpoint, manifest)
+        wanted = named | by_tensor(parent, expected)
+        given_root = manifest.tensors_root if manifest else None
+        own = DecodedCheckpoint(checkpoint)
+        base = Base(parent, read_manifest(parent.root), wanted, path, parent_root(manifest), given_root, other=own)
     known = [name for name in base.expected if name in base.checkpoint.tensors]
     for name in sorted(known, key=lambda name: (base.checkpoint.spec(name).nbytes, name))[:_EARLY]:
         check_fingerprint(base, name, fingerprint_in_pieces(base.checkpoint, name))
     return base
+
+
+def _open_plain(
+    checkpoint: Checkpoint,
+    manifest: Manifest | None,
+    expected: Mapping[str, tuple[str, str]],
+    adapters: Sequence[Adapter],
+    options: MergeOptions,
+) -> Base:
+    """Open a base that is not quantized: perhaps the dequantized form of the one that adapters were trained on."""
+    if options.onto is not None:
+        raise UsageError(f"onto: {checkpoint.root} is not quantized, so there is one answer", hint="leave out --onto")
+    root, before = manifest.tensors_root if manifest else None, parent_root(manifest)
+    base = Base(checkpoint, manifest, by_tensor(checkpoint, expected), root=root)
+    if _is_decoded(manifest) and is_their_base(replace(base, given_root=before), "", adapters):
+        return replace(base, expected={}, given_root=before, is_trained_on=True)
+    if not _was_dequantized(manifest) or options.allow_base_mismatch:
+        return base
+    if not all(recorded(a.manifest, a.root) or is_their_base(base, root or "", [a]) for a in adapters):
+        raise BaseMismatchError(
+            f"{checkpoint.root}: was quantized and dequantized; nothing says that the adapter was trained on these "
+            "weights",
+            hint=_ORIGINAL,
+        )
+    return base
+
+
+def _open_decoded(
+    stored: Checkpoint,
+    manifest: Manifest | None,
+    expected: Mapping[str, tuple[str, str]],
+    adapters: Sequence[Adapter],
+    options: MergeOptions,
+) -> Base:
+    """Open a quantized base to merge into its own values, and compare its parts with those that adapters know."""
+    decoded = DecodedCheckpoint(stored)
+    turned = [name for name, w in decoded.weights.items() if w.is_linear and stores_transposed(stored, name)]
+    if turned:
+        raise CheckpointError(
+            f"{stored.root}: the 16-bit form of {turned[0]} is transposed",
+            hint=f"run: adaptkit dequantize {shlex.quote(str(stored.root))} -o PLAIN; then merge into PLAIN",
+        )
+    weights = Weights(stored.root)
+    fits = [] if options.allow_base_mismatch else [check_base(adapter, weights) for adapter in adapters]
+    named = {name: what for name, what in by_tensor(decoded, expected).items() if name not in decoded.weights}
+    original = None
+    with contextlib.suppress(CheckpointError):  # it is only compared with
+        original, _ = find_original(stored, manifest)
+    root = manifest.tensors_root if manifest else None
+    compared = bool(fits) and all(fit.is_whole for fit in fits)
+    return Base(decoded, manifest, named, root=root, is_trained_on=True, other=original, is_compared=compared)
+
+
+def check_listed_files(base: Base) -> None:
+    """Refuse a base with files that ``unmerge`` would have to restore but that do not match its manifest.
+
+    Shards are compared when they are read; of other safetensors files only the size is compared here.
+    """
+    root = base.checkpoint.root
+    for record in base.manifest.files if base.manifest else ():
+        compare = size_problem if record.path.endswith(".safetensors") else file_problem
+        if record.path not in base.checkpoint.headers and (problem := compare(root, record)):
+            raise IntegrityError(f"{root}: {problem}", hint=f"restore the file, or remove {MANIFEST_NAME}")
 
 
 def check_fingerprint(base: Base, name: str, found: str) -> None:
@@ -109,6 +202,20 @@ def merge_parents(
     )
 
 
+def targets_of(base: Base, edits: Edits, records: Mapping[str, TensorRecord]) -> tuple[Target, ...]:
+    """Return the base's weights that a merge changed, given the records of its stored tensors by name."""
+    targets = []
+    for name, edit in edits.of.items():
+        if base.decoded is not None and name in base.decoded.weights:
+            digest, root = None, tensors_root(records[part] for part in base.decoded.parts(name))
+        elif name in records:
+            digest, root = records[name].xxh3_128, None
+        else:  # an added tensor
+            continue
+        targets.append(Target(name.removesuffix(".weight"), edit.base_shape, digest, root))
+    return tuple(targets)
+
+
 def with_addresses(base: Base, edits: Edits) -> Base:
     """Return the base with the names in ``expected`` translated to those of its files.
 
@@ -129,10 +236,12 @@ def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> 
 
     Weights that it replaces are not counted: the result is the same with any base.
     """
+    if base.is_compared:
+        return True
     changes = [edit for edit in edits.of.values() if not edit.replaces]
     for number, adapter in enumerate(adapters):
         sources = {e.source for e in changes if any(step.adapter == number for step in e.steps)}
-        named = _by_tensor(base.checkpoint, _recorded(adapter.manifest, adapter.root))
+        named = by_tensor(base.checkpoint, recorded(adapter.manifest, adapter.root))
         own, _ = _in_files(base, named, [edits.addresses[number]])
         compared = {name for name in own if own[name][0] == base.expected.get(name, ("",))[0]}
         if not sources or not sources <= compared:
@@ -154,23 +263,13 @@ def _parent_hint(base: Base) -> str:
 
 def _was_dequantized(manifest: Manifest | None) -> bool:
     """Whether a checkpoint was made from a quantized one that had, unlike released ones, a 16-bit original."""
-    if manifest is None or manifest.operation.get("name") != "dequantize":
+    if manifest is None or not _is_decoded(manifest):
         return False
     return not is_released(manifest.operation.get("options", {}).get("method"))
 
 
-def _recorded(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:
-    """Map modules to (fingerprint of the original weight in the manifest, folder of the manifest)."""
-    known = manifest.base_fingerprints() if manifest else {}
-    return {module: (digest, str(root)) for module, digest in known.items()}
-
-
-def _by_tensor(checkpoint: Checkpoint, expected: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    named = {}
-    for module, found in expected.items():
-        weight = f"{module}.weight"
-        named[module if weight not in checkpoint.tensors and module in checkpoint.tensors else weight] = found
-    return named
+def _is_decoded(manifest: Manifest | None) -> bool:
+    return manifest is not None and manifest.operation.get("name") == "dequantize"
 
 
 def _in_files(
@@ -191,64 +290,3 @@ def _in_files(
         elif not any(places):
             missing.append(name)
     return expected, missing
-
-
-def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Checkpoint, dict[str, tuple[str, str]]]:
-    """Find the checkpoint that a quantized one was made from, and the fingerprints that its weights must have."""
-    root = quantized.root
-    method = quantization_found(quantized)
-    why = f"{root}: quantized with {method}; merging into so few bits would erase most of the adapter"
-    if manifest is None or is_released(method):
-        raise CheckpointError(why, hint=hint_for_plain(str(method), root, "merge into"))
-    parent, wanted = _parent_root(manifest), _recorded(manifest, root)
-    folders = [path for path in sorted(root.resolve().parent.iterdir()) if path != root.resolve()]
-    fitting = [found for path in folders if wanted and (found := _possible_parent(path, wanted, parent)) is not None]
-    if parent is None:  # a partial pull, whose manifest names no base: also compare the tensors left unquantized
-        kept = {tensor.name: (tensor.xxh3_128, str(root)) for tensor in manifest.tensors}
-        fitting = [(c, {name: kept[name] for name in c.tensors if name in kept} | named) for c, named in fitting]
-    if len(fitting) > 1:  # e.g. a model and its fine-tune, which can share tensors: compare all tensors
-        fitting = [(c, named) for c, named in fitting if _is_parent(c, named, parent)]
-    if fitting:
-        return fitting[0]
-    hint = "merge into that checkpoint" + (f", whose tensors_root is {parent}" if parent else "")
-    if any(other.role == "release" for other in manifest.parents):
-        hint = f"run: adaptkit dequantize RELEASE -o PLAIN, with what {root} was made from; then merge into PLAIN"
-    raise CheckpointError(
-        f"{why}, and the 16-bit checkpoint that it was quantized from was not found beside it", hint=hint
-    )
-
-
-def _possible_parent(
-    folder: Path, wanted: Mapping[str, tuple[str, str]], root: str | None
-) -> tuple[Checkpoint, dict[str, tuple[str, str]]] | None:
-    """Return the checkpoint in a folder and its expected fingerprints; None if it cannot be the parent.
-
-    Only the smallest expected weight is compared, and ``tensors_root`` if the folder has a manifest.
-    """
-    try:
-        if is_unfinished(folder) or not (folder / CONFIG_NAME).is_file():
-            return None
-        candidate, manifest = Checkpoint(folder), read_manifest(folder)
-        if quantization_found(candidate) is not None:
-            return None
-        named = _by_tensor(candidate, wanted)
-        if not set(named) <= set(candidate.tensors) or (manifest and root not in (None, manifest.tensors_root)):
-            return None
-        smallest = min(named, key=lambda name: (candidate.spec(name).nbytes, name))
-        return (candidate, named) if fingerprint_in_pieces(candidate, smallest) == named[smallest][0] else None
-    except (AdaptkitError, OSError):  # an unrelated folder, perhaps malformed or unreadable
-        return None
-
-
-def _is_parent(checkpoint: Checkpoint, named: Mapping[str, tuple[str, str]], root: str | None) -> bool:
-    """Return whether all tensors match the parent's root; if that is unknown, all tensors with a known fingerprint."""
-    if root is not None:
-        return Candidate(checkpoint.root, read_manifest(checkpoint.root), is_adapter=False).root == root
-    return all(fingerprint_in_pieces(checkpoint, name) == digest for name, (digest, _) in named.items())
-
-
-def _parent_root(manifest: Manifest | None) -> str | None:
-    """Return the ``tensors_root`` of what was quantized; after merging and quantizing in one run, the merged model."""
-    parents = manifest.parents if manifest else ()
-    roots = {parent.role: parent.tensors_root for parent in parents}
-    return roots.get("merged", roots.get("base"))

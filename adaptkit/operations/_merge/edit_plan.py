@@ -1,7 +1,7 @@
 """Plan what adapters do to the tensors of a checkpoint; every part of every adapter finds its tensor or is refused.
 
-Compensation, the change that an adapter was initialized with to offset its base's quantization error, is subtracted:
-the base of a merge is not quantized.
+Compensation, the change that an adapter was initialized with to offset its base's quantization error, is subtracted
+unless that base's values are merged into.
 """
 
 from collections.abc import Collection, Sequence
@@ -34,6 +34,7 @@ def plan_edits(
     weights: Sequence[float],
     untie: bool,
     begun: Collection[str] | None = None,
+    is_trained_on: bool = False,
 ) -> Edits:
     """Plan what adapters do to each tensor of a checkpoint.
 
@@ -43,6 +44,7 @@ def plan_edits(
         weights: one per adapter.
         untie: store a tied head as a separate tensor if it would differ from the embedding.
         begun: the base's tensors that an adapter's own copy of the same shape replaces; None to compare the values.
+        is_trained_on: whether the checkpoint has the quantized values that the adapters compensate for.
 
     Raises:
         BaseMismatchError: an adapter changes a tensor that the checkpoint lacks or has in another shape; or a tied head
@@ -60,7 +62,9 @@ def plan_edits(
         edits.config["tie_word_embeddings"] = False
         edits.notes.append(f"untied: {vocabulary.head} is now a separate tensor")
     for number, (adapter, weight, change) in enumerate(zip(adapters, weights, changes, strict=True)):
-        if adapter.only_compensates:
+        if is_trained_on:
+            adapter = replace(adapter, compensation={})
+        elif adapter.only_compensates:
             raise UsageError(
                 f"{adapter.root}: an untrained companion adapter only offsets what quantization loses, which "
                 f"{checkpoint.root} has not lost",
@@ -187,10 +191,8 @@ class _Planner:
         flip = shape == (len(stack), into, out)
         if flip and into == out:  # only the model's code says whether square matrices are stored as (in, out)
             if why := why_unsupported(self.checkpoint):
-                self._refuse(
-                    f"cannot tell whether {parameter} stores its square matrices transposed: {why}",
-                    install_hint("train"),
-                )
+                what = f"cannot tell whether {parameter} stores its square matrices transposed"
+                self._refuse(f"{what}: {why}", install_hint("train"))
             module = empty_network(self.checkpoint).get_submodule(parameter.rpartition(".")[0])
             flip = bool(getattr(module, "is_transposed", False))
             stack = adapter.experts_for(parameter, (out, into), flip)
@@ -274,10 +276,8 @@ class _Planner:
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuse a change whose shape is not the tensor's."""
         if (spec := self._spec(name)).shape != shape:
-            self._refuse(
-                f"the adapter expects shape {list(shape)} for {name}, but it is {list(spec.shape)} ({spec.dtype}) in "
-                f"{self.checkpoint.root}"
-            )
+            found = f"it is {list(spec.shape)} ({spec.dtype}) in {self.checkpoint.root}"
+            self._refuse(f"the adapter expects shape {list(shape)} for {name}, but {found}")
 
     def _spec(self, name: str) -> TensorSpec:
         return self._edit(self._outputs(name)[0]).spec

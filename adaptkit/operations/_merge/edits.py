@@ -210,10 +210,7 @@ def check_copies(checkpoint: Checkpoint, edits: Edits, otherwise: str) -> None:
         )
 
 
-def check_quantizable(edits: Edits) -> None:
-    """Refuse to quantize a merge that adds tensors or changes the configuration."""
-    for what in (*edits.added, *edits.config):
-        raise UsageError(
-            f"the merge changes {what}, which --format nf4 does not support",
-            hint="merge first, then quantize the result",
-        )
+def check_unresized(edits: Edits, what: str, hint: str) -> None:
+    """Refuse a merge that adds tensors or changes the configuration, which ``what`` does not support."""
+    for change in (*edits.added, *edits.config):
+        raise UsageError(f"the merge changes {change}, which {what} does not support", hint=hint)

@@ -57,6 +57,14 @@ class EditedRows:
         return [self.merged.moved, self.merged.squared_delta, self.merged.squared_weight, self.merged.overlap]
 
 
+@dataclass(frozen=True)
+class RestoredRows:
+    """Consecutive rows of a tensor, or bytes of a stored one: merged and restored."""
+
+    merged: Array
+    values: Array
+
+
 class Fold:
     """One edit, ready to be applied to rows of the base or undone on rows of the result.
 
@@ -233,8 +241,12 @@ def read_rows(checkpoint: Checkpoint, name: str, rows: Rows) -> Array:
     return checkpoint.read_flat(name, rows.start * columns, rows.count * columns).reshape(rows.count, columns)
 
 
-def cut_frames(files: TensorFiles, name: str, edit: Edit) -> Iterator[tuple[Rows, Callable[[], Array]]]:
+def cut_frames(
+    files: TensorFiles, name: str, height: int, panel_rows: int
+) -> Iterator[tuple[Rows, Callable[[], Array]]]:
     """Yield the runs of rows of a tensor's undo record, each with a function that reads its stream.
+
+    The tensor has ``height`` rows, and a run is within ``panel_rows`` of them.
 
     Raises:
         IntegrityError: they are not the rows of this tensor.
@@ -242,10 +254,10 @@ def cut_frames(files: TensorFiles, name: str, edit: Edit) -> Iterator[tuple[Rows
     spec = files.spec(name)
     if spec.dtype != "U8" or len(spec.shape) != 1:
         raise IntegrityError("not an undo record (wrong type)")
-    start, (height, _) = 0, edit.matrix
+    start = 0
     read = partial(files.read_bytes, name)
     for count, position, length in undo.frames(spec.nbytes, read):
-        if start + count > height or start // edit.panel_rows != (start + count - 1) // edit.panel_rows:
+        if start + count > height or start // panel_rows != (start + count - 1) // panel_rows:
             raise IntegrityError("the undo record does not match the tensor (wrong rows)")
         yield Rows(start, count), partial(read, position, length)
         start += count

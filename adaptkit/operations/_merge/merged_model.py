@@ -54,6 +54,11 @@ class MergedModel:
         found: dict[str, Any] = self.manifest.operation["options"]
         return found
 
+    @property
+    def is_recoded(self) -> bool:
+        """Whether the merge changed codes of a quantized base, whose undo record needs no adapter."""
+        return self.options.get("values") == "recoded"
+
     @cached_property
     def digests(self) -> dict[str, str]:
         """sha256 of every file, by path."""
@@ -199,7 +204,7 @@ def open_merged(root: Path) -> MergedModel:
         )
     is_merge = manifest.operation.get("name") == "merge"
     if manifest.kind != "merged" or not is_merge:
-        hint = "a merge with --format nf4 cannot be undone" if is_merge else _OUTPUT_OF_MERGE
+        hint = "a merge that quantizes its result cannot be undone" if is_merge else _OUTPUT_OF_MERGE
         raise IntegrityError(f"{root}: not a merged model: its manifest says {manifest.kind}", hint=hint)
     options = manifest.operation.get("options")
     lists = [options.get(key, []) for key in ("begun", "small_files")] if isinstance(options, dict) else [None]
@@ -212,7 +217,8 @@ def open_merged(root: Path) -> MergedModel:
         raise IntegrityError(f"{root}: {differing} does not match the manifest", hint=AGAIN)
     if not any(record.path.startswith(f"{undo.FOLDER}/") for record in manifest.files):
         raise IntegrityError(
-            f"{root}: no undo record found, since it was merged with --no-undo", hint="merge again from the base"
+            f"{root}: no undo record found, since it was merged with --no-undo or --format plain",
+            hint="merge again from the base",
         )
     return MergedModel(root, manifest, checkpoint)
 

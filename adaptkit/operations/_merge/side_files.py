@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.decoded import DecodedCheckpoint
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, read_json, read_small
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest
 from adaptkit.checkpoint.reader import Checkpoint
@@ -66,7 +67,7 @@ def plan_side_files(
                 hint=f"restore the file, or remove {MANIFEST_NAME}",
             )
     files = SideFiles(dict(before))
-    if edits.config:
+    if edits.config or isinstance(checkpoint, DecodedCheckpoint):
         files.contents[CONFIG_NAME] = _changed_config(checkpoint.config, edits.config)
     brought = tokenizer_files(adapters)
     generation = brought.pop(GENERATION_NAME, (None, None))[0]

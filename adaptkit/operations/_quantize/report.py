@@ -8,8 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from adaptkit.checkpoint.decoded import DecodedCheckpoint
 from adaptkit.checkpoint.manifest import Manifest
-from adaptkit.checkpoint.released import ReleasedCheckpoint
 from adaptkit.operations._quantize.plan import QuantizePlan
 from adaptkit.operations._quantize.selection import TensorChoice
 
@@ -128,7 +128,7 @@ def make_report(
     parameters = sum(spec.count for spec in encoded)
     found = [notes[spec.name] for spec in encoded if spec.name in notes]
     weighted = [note["weighted_error"] for note in found if "weighted_error" in note]
-    release = plan.checkpoint if isinstance(plan.checkpoint, ReleasedCheckpoint) else None
+    release = plan.checkpoint if isinstance(plan.checkpoint, DecodedCheckpoint) else None
     return QuantizeReport(
         output=str(output),
         quantized=len(encoded),

@@ -6,13 +6,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.decoded import DecodedCheckpoint, open_plain
 from adaptkit.checkpoint.integrity import read_input_manifest
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord, parent_of, read_manifest, tensors_root
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.released import ReleasedCheckpoint, open_plain
 from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.operations._quantize.plan import QuantizePlan
 from adaptkit.operations._quantize.selection import skip_modules
@@ -53,7 +53,7 @@ def write_checkpoint(out: Output, plan: QuantizePlan, progress: Progress) -> Non
         for shard in unfinished:
             for group, pieces in shard.work:
                 note = plan.tensors[group.source].write(pieces, shard.writer)
-                if isinstance(checkpoint, ReleasedCheckpoint):  # read again now, while their pages are cached
+                if isinstance(checkpoint, DecodedCheckpoint):  # read again now, while their pages are cached
                     note["parts"] = checkpoint.fingerprints_of_parts(group.source)
                 shard.notes[group.source] = note
     write_index(out, plan.shards)
@@ -76,10 +76,10 @@ def source_parents(out: Output, plan: QuantizePlan) -> tuple[Parent, ...]:
     """
     checkpoint, base = plan.checkpoint, source_records(out, plan)
     manifest = read_manifest(checkpoint.root)
-    if not isinstance(checkpoint, ReleasedCheckpoint):
+    if not isinstance(checkpoint, DecodedCheckpoint):
         return (parent_of("base", manifest, base, root=checkpoint.root),)
     digests = {name: d for c in plan.selection.choices for name, d in out.notes[c.spec.name]["parts"].items()}
-    release = [TensorRecord.of(located.spec, digests[name]) for name, located in checkpoint.release.tensors.items()]
+    release = [TensorRecord.of(located.spec, digests[name]) for name, located in checkpoint.stored.tensors.items()]
     return parent_of("base", None, base), parent_of("release", manifest, release, root=checkpoint.root)
 
 

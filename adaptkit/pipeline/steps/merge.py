@@ -1,5 +1,6 @@
 """Merge adapters into a 16-bit checkpoint."""
 
+from adaptkit.formats._format import writable
 from adaptkit.operations._terms import weights_of
 from adaptkit.operations.merge import NOTHING_MOVED, merge
 from adaptkit.operations.options import MergeOptions
@@ -30,5 +31,9 @@ KIND = StepKind(
     options=MergeOptions,
     run=_run,
     validate=_validate,
-    makes=lambda options: {"": "unquantized checkpoint" if options.format == "keep" else "quantized checkpoint"},
+    refused=dict.fromkeys(
+        ("onto", "calibrate"), "merge into the 16-bit checkpoint; to get codes from text, add a quantize step"
+    )
+    | {"text": "add an evaluate step"},
+    makes=lambda options: {"": "quantized checkpoint" if options.format in writable() else "unquantized checkpoint"},
 )

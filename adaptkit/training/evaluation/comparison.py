@@ -9,12 +9,13 @@ import torch
 from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, checked_options
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
+from adaptkit.models.base_weights import Weights
 from adaptkit.models.model_lock import model_lock
 from adaptkit.training.evaluation.evaluate import check_files, check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.options import EvaluateOptions
 from adaptkit.training.evaluation.report import EvaluateReport, GeneratedAnswer
-from adaptkit.training.network.lineage import Weights, base_of, parent_among
+from adaptkit.training.network.lineage import base_of, parent_among
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from adaptkit.checkpoint.manifest import parent_of
 from adaptkit.data.limits import pad_id
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.models.architecture import empty_network
+from adaptkit.models.base_weights import Weights, check_base
 from adaptkit.models.model_lock import model_lock
 from adaptkit.training.device import choose_device, choose_dtype, make_current, name_of, without_cudnn_attention
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
@@ -23,7 +24,7 @@ from adaptkit.training.evaluation.perplexity import mean_loss, measure_text, per
 from adaptkit.training.evaluation.report import EvaluateReport, GeneratedAnswer, GenerationReport
 from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.fast import accelerate
-from adaptkit.training.network.lineage import Weights, check_base, template_kwargs, trained_parameters
+from adaptkit.training.network.lineage import template_kwargs, trained_parameters
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.out_of_memory import reports_out_of_memory

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.models.addressing import OTHER_MODEL
+from adaptkit.models.base_weights import check_shape
 from adaptkit.models.casting import hold
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.experts import PackedModule, pack
@@ -185,16 +186,6 @@ def _is_token_embedding(module: nn.Module, network: Any) -> TypeGuard[nn.Embeddi
 def _is_head(module: nn.Module, network: Any) -> TypeGuard[nn.Linear]:
     """Return whether a module is the output layer, and linear."""
     return module is network.get_output_embeddings() and isinstance(module, nn.Linear)
-
-
-def check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
-    """Raise a BaseMismatchError if the shape of an adapter's tensor is not that of the base's."""
-    if list(found) != list(expected):
-        resized = len(expected) == 2 and list(found[1:]) == list(expected[1:])
-        raise BaseMismatchError(
-            f"{name}: expected shape {list(expected)}, as in the base, found {list(found)}",
-            hint="if its vocabulary was resized, merge it into its base instead" if resized else OTHER_MODEL,
-        )
 
 
 def train_rows(

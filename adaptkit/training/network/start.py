@@ -13,6 +13,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.models.addressing import find_addresses, unsupported_steps
 from adaptkit.models.architecture import path_of
+from adaptkit.models.base_weights import Weights, check_base
 from adaptkit.models.kinds import (
     is_expert,
     is_indexer,
@@ -33,7 +34,6 @@ from adaptkit.training.network.adapt import (
     train_rows,
     train_whole,
 )
-from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters

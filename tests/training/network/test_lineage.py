@@ -8,12 +8,13 @@ import tiny
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import MANIFEST_NAME
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.models.base_weights import Weights, check_base
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
-from adaptkit.training.network.lineage import Weights, base_of, check_base
+from adaptkit.training.network.lineage import base_of
 
 
 @pytest.fixture(scope="module")

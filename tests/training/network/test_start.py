@@ -17,6 +17,7 @@ from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import AdapterError, BaseMismatchError, ConfigError, UsageError
+from adaptkit.models.base_weights import Weights, check_base
 from adaptkit.operations.check import check
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.merge import merge
@@ -24,7 +25,6 @@ from adaptkit.operations.verify import verify
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import add_trainable, read_start, resolve_method
