@@ -50,7 +50,6 @@ class Blockwise(WritableFormat):
     name: str
     book: Codebook
     bits = 4
-    readers = ("transformers with bitsandbytes", "vLLM", "SGLang", "unsloth")
     block_sizes = (64, 32, 128, 256, 512, 1024, 2048, 4096)
     has_double_quant = True
     holds_conv1d = True

@@ -94,14 +94,12 @@ class Format(ABC):
     Attributes:
         name: of the format, which is that of its file.
         bits: of a code.
-        readers: programs beside adaptkit that load it.
         released_as: ``quant_method`` of the checkpoints that may hold such weights because models are released so,
             without a 16-bit checkpoint; empty if 16-bit checkpoints are what it is made from.
     """
 
     name: str
     bits: int
-    readers: tuple[str, ...]
     released_as: tuple[str, ...] = ()
 
     @abstractmethod

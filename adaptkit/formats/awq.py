@@ -35,7 +35,6 @@ class Awq(Format):
     """See ``Format``."""
 
     name, bits = "awq", _BITS
-    readers = ("vLLM", "SGLang")
     released_as = ("awq",)
 
     def method_shown(self, names: Collection[str]) -> str | None:

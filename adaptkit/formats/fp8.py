@@ -47,7 +47,6 @@ class Fp8(Grouped):
     """See ``Format`` and ``Grouped``."""
 
     name, bits = "fp8", 8
-    readers = ("transformers", "vLLM", "SGLang", "llama.cpp")
     released_as = ("fp8", "mxfp4", METHOD, "modelopt")
     block_sizes = (0, _BLOCK)
     grid, codes_dtype, codes_suffix = E4M3, _CODES, ""

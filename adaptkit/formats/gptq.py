@@ -35,7 +35,6 @@ class Gptq(Format):
     """See ``Format``."""
 
     name, bits = "gptq", 4
-    readers = ("vLLM", "SGLang", "llama.cpp")
     released_as = ("gptq",)
 
     def method_shown(self, names: Collection[str]) -> str | None:

@@ -36,7 +36,6 @@ class Int8(Grouped):
     """See ``Format`` and ``Grouped``."""
 
     name, bits = "int8", 8
-    readers = ("transformers", "vLLM", "SGLang", "llama.cpp")
     released_as = (METHOD,)
     block_sizes = (0,)
     grid, codes_dtype, codes_suffix = INT8, "I8", ""

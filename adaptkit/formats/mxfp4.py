@@ -52,7 +52,6 @@ class Mxfp4(Grouped):
     """See ``Format`` and ``Grouped``."""
 
     name, bits = "mxfp4", 4
-    readers = ("transformers", "vLLM", "SGLang", "llama.cpp")
     released_as = ("fp8", "mxfp4", METHOD)
     block_sizes = (BLOCK,)
     grid, codes_dtype = E2M1, "U8"

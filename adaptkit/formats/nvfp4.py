@@ -50,7 +50,6 @@ class Nvfp4(Grouped):
     """See ``Format`` and ``Grouped``."""
 
     name, bits = "nvfp4", 4
-    readers = ("transformers", "vLLM", "SGLang", "llama.cpp")
     released_as = (METHOD, _MODELOPT)
     block_sizes = (BLOCK,)
     shares_top = True

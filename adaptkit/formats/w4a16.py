@@ -52,7 +52,6 @@ class W4a16(Grouped):
     """See ``Format`` and ``Grouped``."""
 
     name, bits = "w4a16", 4
-    readers = ("transformers", "vLLM", "SGLang", "llama.cpp")
     released_as = (METHOD,)
     block_sizes = (128, 64, 32)
     has_zero_points = True

@@ -9,6 +9,8 @@ import tiny
 import torch
 from folders import edit_json, edited_tensors
 from released import write_fp8, write_mxfp4
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from verdicts import levels, taken, verdicts, words
 
 from adaptkit.errors import CheckpointError
@@ -308,3 +310,71 @@ def test_llama_cpp_needs_tokenizer_model_for_some_architectures(architecture, to
     for path in base.glob("tokenizer*"):
         path.unlink()
     assert "no tokenizer.model" not in words(check(base, "gguf").verdicts[0])  # all files are missing
+
+
+EVERYONE = {"gguf", "peft", "sglang", "vllm"}
+
+
+@pytest.mark.parametrize(
+    ("options", "takers"),
+    [
+        ({"format": "fp8"}, EVERYONE),
+        ({"format": "fp8", "block_size": 128}, EVERYONE - {"vllm"}),  # 64 rows of q are no whole number of blocks
+        ({"format": "int8"}, EVERYONE),
+        ({"format": "w4a16", "block_size": 32}, EVERYONE),
+        ({"format": "w4a16", "block_size": 32, "zero_points": True}, EVERYONE),
+        ({"format": "nvfp4"}, EVERYONE),
+        ({"format": "mxfp4"}, {"peft", "vllm"}),
+        ({"format": "fp8", "skip": ("*.q_proj",)}, EVERYONE - {"sglang", "vllm"}),
+    ],
+)
+def test_formats_that_servers_run(options, takers, llama, tmp_path):
+    quantize(llama, tmp_path / "out", QuantizeOptions(**options))
+    assert taken(tmp_path / "out") == takers
+    assert transformers_loads(tmp_path / "out") != bool(options.get("zero_points"))
+    assert ("CompressedTensorsConfig(dequantize=True)" in words(verdicts(tmp_path / "out")["peft"])) == bool(
+        options.get("zero_points")
+    )
+
+
+def test_factors_of_nvfp4_that_servers_would_join_must_be_equal(llama, tmp_path):
+    quantize(llama, tmp_path / "out", QuantizeOptions("nvfp4"))
+    name = "model.layers.1.self_attn.v_proj.weight_global_scale"
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name] * 2}, path, {"format": "pt"})
+    assert taken(tmp_path / "out") == {"gguf", "peft"}
+    assert f"{name}: not equal" in words(verdicts(tmp_path / "out")["vllm"])
+
+
+@pytest.mark.parametrize(
+    ("stated", "word", "refusing"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": True}, "desc_act is true", {"vllm"}),
+        ({"quant_method": "gptq", "bits": 4, "sym": False}, "sym is false", {"vllm", "sglang"}),
+        ({"quant_method": "gptq", "bits": 3, "sym": True}, "bits is 3", {"vllm", "sglang"}),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_method is modelopt", {"peft"}),
+    ],
+)
+def test_methods_of_others_are_known_by_what_config_json_says(stated, word, refusing, llama, copy_of):
+    folder = copy_of(llama)
+    edit_json(folder / "config.json", quantization_config=stated)
+    for program, verdict in verdicts(folder).items():
+        found = [finding for finding in verdict.findings if word in finding.found]
+        assert [finding.level for finding in found].count("error") == (program in refusing), program
+
+
+@pytest.mark.parametrize(("block", "are_whole"), [((32, 32), True), ((48, 48), False), ((40, 32), False)])
+def test_edges_of_fp8_blocks_are_decoded_wrongly_by_transformers(block, are_whole, tmp_path):
+    folder = write_fp8(tmp_path / "fp8", block=block)
+    dequantize(folder, tmp_path / "plain")
+    right = load_file(tmp_path / "plain" / "model.safetensors")
+    assert ("peft" in taken(folder)) == are_whole
+    try:
+        config = FineGrainedFP8Config(dequantize=True, weight_block_size=block)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+        found = model.state_dict()
+        is_right = all(torch.equal(found[name], right[name]) for name in right if name.endswith("_proj.weight"))
+    except (RuntimeError, ValueError):
+        is_right = False
+    assert is_right == are_whole

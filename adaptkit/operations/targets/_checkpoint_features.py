@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
+from adaptkit.operations.targets._checkpoint_formats import of_formats
 from adaptkit.operations.targets._target import Response, Sighting, error, seen, some
 
 _INTEGERS = ("I", "U", "BOOL")
@@ -12,10 +13,6 @@ SAME_PLACE = "correct config.json, or download it and the files from the same pl
 KEEP_EXPERTS = "quantize the original with --moe keep, or run adaptkit dequantize {root} -o OUT"
 _RESTORE = "restore config.json, or download the checkpoint again"
 ALL_PROGRAMS: dict[str, Response] = {
-    "adaptkit's format": error(
-        "{program} does not support this layout, which only adaptkit loads",
-        "run adaptkit dequantize {root} -o OUT, or quantize the original with --format nf4",
-    ),
     "no method": error("{program} cannot tell how the weights are quantized", _RESTORE),
     "load_in_4bit": error("{program} cannot tell how the weights are quantized", _RESTORE),
     "not stated": error("{program} reads the codes as weights", "restore config.json, or quantize the original again"),
@@ -24,7 +21,20 @@ ALL_PROGRAMS: dict[str, Response] = {
     "absent": error("{program} silently computes with uninitialized memory", CORRECT),
     "other shape": error("{program} fails: the shapes differ", SAME_PLACE),
 }
+_TO_INTEGERS = "run adaptkit dequantize {root} -o OUT, and quantize that with --format w4a16"
 SERVERS = ALL_PROGRAMS | {
+    "gptq order": error("{program} reads GPTQ only without desc_act", _TO_INTEGERS),
+    "gptq zero points": error("{program} reads GPTQ only without zero points", _TO_INTEGERS),
+    "gptq bits": error("{program} reads GPTQ only in 4 and 8 bits", _TO_INTEGERS),
+    "factors differ": error(
+        "{program} uses the largest for all of them, and decodes wrong values",
+        "quantize the original with adaptkit quantize --format nvfp4, which shares them",
+    ),
+    "fused in part": error(
+        "{program} joins them into one matrix, and fails unless all of it is quantized",
+        "quantize the original with --skip for all of them or none",
+    ),
+    "other groups": error("{program}'s kernels read groups of 32, 64 and 128, and whole rows", _TO_INTEGERS),
     "float storage": error(
         "{program} accepts only uint8", "run adaptkit dequantize {root} -o OUT, and quantize the result"
     ),
@@ -40,9 +50,7 @@ SERVERS = ALL_PROGRAMS | {
 def of_checkpoint(files: CheckpointFiles) -> Iterator[Sighting]:
     """Find the features that a checkpoint's folder, its configuration and its headers tell."""
     checkpoint, is_stated = files.checkpoint, files.config.get("quantization_config") is not None
-    if files.quantization == "adaptkit" or any(packed.is_ours for packed in files.packed):
-        yield Sighting("adaptkit's format", "quant_method is adaptkit in config.json (int8)")
-    elif is_stated and not files.names_method:
+    if is_stated and not files.names_method:
         feature = "load_in_4bit" if files.stated.get("load_in_4bit") else "no method"
         yield Sighting(feature, "quantization_config in config.json names no quant_method")
     elif files.quantization is not None and not files.names_method:
@@ -59,6 +67,7 @@ def of_checkpoint(files: CheckpointFiles) -> Iterator[Sighting]:
         storage = str(files.stated.get("bnb_4bit_quant_storage") or "uint8")  # dtype of the tensors of codes
         if storage != "uint8":
             yield Sighting("float storage", f"bnb_4bit_quant_storage is {storage!r} in config.json")
+    yield from of_formats(files)
     stacks = [packed.name for packed in files.packed if packed.is_stack]
     yield from seen("quantized stack", stacks, "quantized stack of experts")
     experts = [packed.name for packed in files.packed if packed.is_expert]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.quantization import quantization_found, stated_method
+from adaptkit.checkpoint.quantization import is_released, quantization_found, stated_method
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.data.tokenizer_files import has_tokenizer
 from adaptkit.errors import CheckpointError, UsageError
@@ -17,17 +17,15 @@ from adaptkit.operations._roles import stores_transposed
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A quantized weight in the layout of bitsandbytes or of adaptkit.
+    """A quantized weight in the layout of bitsandbytes.
 
     Attributes:
         name: its name in the file.
-        is_ours: whether only adaptkit reads its format.
         shape: shape of the dequantized weight.
         block_size: number of weights that share one constant.
     """
 
     name: str
-    is_ours: bool
     shape: tuple[int, ...]
     block_size: int
 
@@ -89,9 +87,11 @@ class CheckpointFiles:
 
     @property
     def unfit(self) -> str:
-        """Why ``dequantize`` could not read FP8 with block scales or MXFP4; other programs know further layouts."""
+        """Why ``dequantize`` could not read a checkpoint whose layout it knows; other programs know further ones."""
         is_fp8 = self.quantization == "fp8" and any(name.endswith("_scale_inv") for name in self.checkpoint.tensors)
-        if is_fp8 or (self.quantization == "mxfp4" and self.config.get("model_type") == "gpt_oss"):
+        is_gpt_oss = self.quantization == "mxfp4" and self.config.get("model_type") == "gpt_oss"
+        is_integers = self.quantization in ("gptq", "awq") or self.stated.get("format") == "pack-quantized"
+        if is_fp8 or is_gpt_oss or is_integers:
             from adaptkit.formats._find import stored_weights  # imported here: loads numpy
 
             try:
@@ -111,13 +111,15 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
     quantization = stated_method(checkpoint.config) or quantization_found(checkpoint)
     packed = tuple(_packed(checkpoint)) if quantization else ()
     files = CheckpointFiles(checkpoint, quantization, packed)
-    if why_unsupported(checkpoint) or (quantization and not packed):  # other methods' tensors are not decoded here
+    shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}
+    if quantization and not packed:
+        shapes = _decoded_shapes(checkpoint, quantization)
+    if why_unsupported(checkpoint) or not shapes:
         return files
     try:
         network = named_network(checkpoint) or empty_network(checkpoint)
     except UsageError:  # transformers cannot build this configuration; other programs may
         return files
-    shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}
     for weight in packed:  # (out, in), also for Conv1D
         shapes[weight.name] = weight.shape[::-1] if stores_transposed(checkpoint, weight.name) else weight.shape
     found = places(network, shapes)
@@ -131,9 +133,22 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
     return CheckpointFiles(checkpoint, quantization, packed, type(network).__name__, absent, misshapen)
 
 
+def _decoded_shapes(checkpoint: Checkpoint, method: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what ``dequantize`` would write; empty if it does not read the method."""
+    from adaptkit.checkpoint.decoded import DecodedCheckpoint  # imported here: loads numpy
+
+    if not is_released(method):
+        return {}
+    try:
+        decoded = DecodedCheckpoint(checkpoint)
+    except CheckpointError:  # reported as unfit parts, or in a layout that other programs may know
+        return {}
+    return {name: located.spec.shape for name, located in decoded.tensors.items()}
+
+
 def _packed(checkpoint: Checkpoint) -> Iterator[PackedTensor]:
     from adaptkit.formats._find import quantized_names, read_outline  # imported here: loads numpy
 
     for name in quantized_names(checkpoint):
         outline = read_outline(checkpoint, name)
-        yield PackedTensor(name, not outline.form.readers, outline.shape, outline.encoding.block_size)
+        yield PackedTensor(name, outline.shape, outline.encoding.block_size)

@@ -111,7 +111,7 @@ def _in_adapter(files: AdapterFiles) -> Iterator[Sighting]:
 
 def _in_checkpoint(files: CheckpointFiles) -> Iterator[Sighting]:
     yield from checkpoint.of_checkpoint(files)
-    if files.quantization not in (None, "adaptkit", *_METHODS) and files.names_method:
+    if files.quantization not in (None, *_METHODS) and files.names_method:
         way = f"run adaptkit dequantize {files.root} -o OUT" if files.packed else _ORIGINAL
         yield Sighting("other method", f"quant_method is {files.quantization} in config.json", {"way": way})
     unread = _unread_compression(files.config)

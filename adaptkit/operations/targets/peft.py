@@ -96,6 +96,18 @@ ADAPTER = (
 CHECKPOINT = checkpoint.ALL_PROGRAMS | {
     "load_in_4bit": warning("transformers takes it for bitsandbytes", "set quant_method to bitsandbytes"),
     "bitsandbytes": warning("transformers needs bitsandbytes to load it", "pip install bitsandbytes"),
+    "compressed-tensors": warning("transformers needs compressed-tensors to load it", "pip install compressed-tensors"),
+    "zero points": warning(
+        "transformers fails on their shape, unless it decodes the weights when it loads them",
+        "pass quantization_config=CompressedTensorsConfig(dequantize=True)",
+    ),
+    "gptq": warning("transformers needs optimum and GPTQModel to load it", "pip install optimum gptqmodel"),
+    "awq": warning("transformers needs GPTQModel to load it", "pip install gptqmodel"),
+    "modelopt": error("transformers does not know this method", "run adaptkit dequantize {root} -o OUT"),
+    "edges of blocks": error(
+        "transformers fails, or silently decodes wrong values at the edges",
+        "run adaptkit dequantize {root} -o OUT, or quantize the original with --format fp8",
+    ),
     "no metadata": error("transformers fails: KeyError: 'metadata'", 'add "metadata": {{}} to it'),
     "uneven rows": warning(
         "bitsandbytes 0.50 decodes wrong values on a CPU",
@@ -111,7 +123,7 @@ CHECKPOINT = checkpoint.ALL_PROGRAMS | {
 
 def _in_checkpoint(files: CheckpointFiles) -> Iterator[Sighting]:
     yield from checkpoint.of_checkpoint(files)
-    four_bit = [packed for packed in files.packed if not packed.is_ours and not packed.is_stack]
+    four_bit = [packed for packed in files.packed if not packed.is_stack]
     uneven = [packed.name for packed in four_bit if packed.shape[-1] % packed.block_size]
     yield from seen("uneven rows", uneven, "row length is not a multiple of the block size")
 

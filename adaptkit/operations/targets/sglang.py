@@ -79,6 +79,9 @@ ADAPTER = features.ALL_PROGRAMS | {
     "other vocabulary": error("SGLang fails when it copies the tensors into buffers of the base's size"),
 }
 CHECKPOINT = checkpoint.SERVERS | {
+    "gptq order": warning("SGLang sorts the inputs while it runs, which is slower", "serve it as it is"),
+    "odd bits": error("SGLang reads 4 and 8 bits", "quantize the original with --format w4a16"),
+    "dense mxfp4": error("SGLang reads this format in experts only", "quantize the original with --format nvfp4"),
     "bitsandbytes": warning(
         "SGLang loads it with its bitsandbytes loader, on one GPU only: it rejects tensor parallelism",
         "serve it with --load-format bitsandbytes",

@@ -98,6 +98,10 @@ CHECKPOINT = checkpoint.SERVERS | {
         "parallelism",
         "pip install vllm-bnb-plugin",
     ),
+    "uneven fused blocks": error(
+        "vLLM joins it with others into one matrix, and fails unless blocks end where they do",
+        "quantize the original with --format fp8 and without --block-size",
+    ),
     "absent": error(
         "vLLM rejects the model, or computes with uninitialized memory if it is quantized",
         checkpoint.CORRECT,
