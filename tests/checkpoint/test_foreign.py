@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.quantization import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError
 from adaptkit.operations.check import check
 from adaptkit.operations.dequantize import dequantize
-from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.network.start import resolve_method
 
@@ -21,7 +20,6 @@ MADE = {
     "GPTQ": {f"{LINEAR}.{part}": BYTES.int() for part in ("qweight", "qzeros", "g_idx")} | {f"{LINEAR}.scales": FLOATS},
     "GPTQ or AWQ": {f"{LINEAR}.{part}": BYTES.int() for part in ("qweight", "qzeros")} | {f"{LINEAR}.scales": FLOATS},
     "bitsandbytes (LLM.int8())": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.SCB": FLOATS},
-    "adaptkit (int8)": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.weight.quant_state.adaptkit__int8": BYTES},
     "fp8": {f"{LINEAR}.weight": FLOATS.to(torch.float8_e4m3fn), f"{LINEAR}.weight_scale_inv": FLOATS},
     "fp8, in E5M2": {f"{LINEAR}.weight": FLOATS.to(torch.float8_e5m2)},
     "compressed-tensors": {f"{LINEAR}.weight_packed": BYTES.int(), f"{LINEAR}.weight_scale": FLOATS},
@@ -76,13 +74,15 @@ def test_errors_about_8_bit_bitsandbytes_name_llm_int8(tmp_path, says_so):
     assert ("quant_method is bitsandbytes in config.json" in {finding.found for finding in verdict.findings}) == says_so
 
 
-def test_8_bit_compressed_tensors_are_recognized_and_refused(tmp_path):
-    """Some layers may be plain, so there is something to quantize, and shapes are those of a plain checkpoint."""
-    tensors = {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.weight_scale": FLOATS, "lm_head.weight": FLOATS}
+def test_8_bit_compressed_tensors_are_recognized_and_decoded_without_a_configuration(tmp_path):
+    """Shapes are those of a plain checkpoint."""
+    scale = torch.rand(64, 1).bfloat16()
+    tensors = {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.weight_scale": scale, "lm_head.weight": FLOATS}
     folder = folder_of(tmp_path / "base", tensors)
     assert quantization_found(Checkpoint(folder)) == "compressed-tensors"
-    with pytest.raises(AdaptkitError, match="compressed-tensors"):
-        quantize(folder, tmp_path / "out")
+    dequantize(folder, tmp_path / "out")
+    made = load_file(tmp_path / "out" / "model.safetensors")[f"{LINEAR}.weight"]
+    assert torch.equal(made, scale.expand(64, 8))
 
 
 def test_the_configuration_takes_precedence_over_tensors(tmp_path):

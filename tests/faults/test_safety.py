@@ -19,6 +19,7 @@ JOINS = {
     "checkpoint/foreign.py": {"root / name"},
     "operations/_diff/files.py": {"root / name"},
     "operations/_calibrate/gradients.py": {"self._folder / f'{index}-{batch}'"},
+    "operations/_merge/compensating.py": {"folder / f'codes-{len(files)}.npy'"},
     "operations/_merge/merged_model.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
     "operations/_merge/merging.py": {"adapter.root / name"},
     "operations/targets/_adapter_files.py": {"root / name"},
@@ -113,7 +114,7 @@ def test_code_of_a_model_is_never_run():
 
 
 def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
-    """Apart from training, only ``quantize --calibrate`` with conversations renders templates."""
+    """Apart from training, only texts with conversations, of ``quantize`` and ``merge``, are rendered."""
     texts = {module: ast.unparse(tree) for module, tree in trees().items() if not module.startswith("cli/")}
 
     def users(wanted):
@@ -130,7 +131,7 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
         "data/windows.py",
     }
     readers = {module for module in users("data.windows import") if not module.startswith("training/")}
-    assert readers == {"operations/calibrate.py"}
+    assert readers == {"operations/_calibrate/text.py"}
 
 
 def test_only_a_few_modules_remove_files():

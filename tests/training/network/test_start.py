@@ -200,8 +200,8 @@ def test_a_token_that_is_named_twice_is_trained_once(llama, instructions, tmp_pa
 
 def test_a_base_that_another_tool_quantized_is_refused_with_a_hint(llama, copy_of):
     folder = copy_of(llama)
-    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(UsageError, match="quantized with gptq") as caught:
+    edit_json(folder / "config.json", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(UsageError, match="quantized with hqq") as caught:
         resolve_method(TrainConfig(base=str(folder), data=("none",)), Checkpoint(folder))
     assert "adaptkit quantize" in caught.value.hint
 
