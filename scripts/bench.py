@@ -1,6 +1,6 @@
 """Compare time and memory of adaptkit's commands with those of common alternatives, each as a whole process.
 
-    .venv/bin/python scripts/bench.py help|quantize|memory|merge|diff [--rounds 3]
+    .venv/bin/python scripts/bench.py help|quantize|formats|memory|merge|diff [--rounds 3]
 
 The checkpoint is a random Llama of 1.1 billion parameters, bfloat16, five shards, made once in the user's cache;
 ``memory`` also uses one of four times that size, both in total and per matrix.
@@ -231,6 +231,14 @@ def bench_quantize(rounds: int) -> None:
     )
 
 
+def bench_formats(rounds: int) -> None:
+    """Time quantizing 16 bits to NF4 and to formats that servers run."""
+    model, out = checkpoint(), FOLDER / "out"
+    forms = {"nf4": [], "w4a16": ["--block-size", "128"], "fp8": [], "int8": [], "mxfp4": [], "nvfp4": []}
+    ours = [*ADAPTKIT, "quantize", str(model), "-o", str(out), "--format"]
+    compare({f"adaptkit quantize --format {form}": [*ours, form, *more] for form, more in forms.items()}, rounds, out)
+
+
 def bench_memory(rounds: int) -> None:
     """Measure quantize and merge on two checkpoints, one with four times the parameters and matrix sizes."""
     small, large = checkpoint(), checkpoint("llama-4.1b", 4096, 11264, "1900MB")
@@ -278,12 +286,13 @@ def bench_diff(rounds: int) -> None:
 def main() -> None:
     """Run one comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["help", "quantize", "memory", "merge", "diff"])
+    parser.add_argument("what", choices=["help", "quantize", "formats", "memory", "merge", "diff"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, {options.rounds} rounds")
     sides = {"help": bench_help, "quantize": bench_quantize, "memory": bench_memory, "merge": bench_merge}
+    sides["formats"] = bench_formats
     (sides | {"diff": bench_diff})[options.what](options.rounds)
 
 

@@ -100,9 +100,10 @@ def unmerge(
     records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
     base = model.outline({file: model.header(file, found) for file, found in records.items()})
     if model.is_recoded:
-        edits, resaved = Edits(), list[Path]()
-        originals = dict[str, str | None].fromkeys(name for found in records.values() for name in found.tensors)
-        originals = {name: None for name in originals if name in base.tensors}
+        if adapters:  # they are not needed, but must not be others
+            model.adapters(adapters)
+        changed = {name for found in records.values() for name in found.tensors if name in base.tensors}
+        edits, resaved, originals = Edits(), list[Path](), dict[str, str | None].fromkeys(changed)
     else:
         edits, resaved = _edits(model, adapters, base)
         originals = target_names(model.manifest, base.tensors)

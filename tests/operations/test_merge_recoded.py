@@ -321,6 +321,14 @@ def test_the_manifest_names_the_stored_parts_and_the_merge_runs_again(released, 
     assert all("same bytes" in how for _, how in report.recomputed)
 
 
+def test_adapters_are_not_needed_to_unmerge_but_must_not_be_others(released, llama, small, tmp_path):
+    merge(released("fp8"), small, tmp_path / "merged")
+    other = tiny.write_peft_adapter(tmp_path / "other", llama, target_modules=["q_proj"])
+    with pytest.raises(BaseMismatchError, match="none of those given has it"):
+        unmerge(tmp_path / "merged", other, tmp_path / "back")
+    assert unmerge(tmp_path / "merged", small, tmp_path / "back").identical
+
+
 def test_a_damaged_undo_record_is_an_error(released, small, tmp_path):
     merge(released("fp8"), small, tmp_path / "merged")
     (record,) = (tmp_path / "merged" / "adaptkit-undo").glob("shard-*")

@@ -162,7 +162,7 @@ def check_own_targets(path: Path, manifest: Manifest) -> None:
         if not _starting_with(names, name):
             name, ends = target.module, "."
         parts = [part for part in _starting_with(names, name) if part[len(name) :][:1] in ends]
-        if tensors_root(tensors[part] for part in parts) != target.quantized_root:
+        if parts and tensors_root(tensors[part] for part in parts) != target.quantized_root:
             raise IntegrityError(
                 f"{path}: {name} does not match its quantized_root in the manifest",
                 hint="restore the artifact from a good copy, or make it again",

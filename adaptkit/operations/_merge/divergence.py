@@ -95,7 +95,7 @@ def text_effect(comparison: MergeComparison, output: Path, progress: Progress) -
     for number, model in enumerate(models):
         replay = Replay(model, tokens)
         steps = len(replay.prefixes) * len(replay.batches)
-        runs.append((replay, _through_layers(replay, [number * steps, len(models) * steps], progress)))
+        runs.append((replay, _through_layers(replay, number * steps, len(models) * steps, progress)))
     adapted, *others = runs
     (adapted_loss, base_loss, base_divergence), *found = [_compared(adapted, run) for run in others]
     return TextEffect(
@@ -115,16 +115,15 @@ def _decoded(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint if quantization_found(checkpoint) is None else DecodedCheckpoint(checkpoint)
 
 
-def _through_layers(replay: Replay, counted: list[int], progress: Progress) -> list[Any]:
-    """Return the last layer's output for each batch; ``counted`` has the steps done before, and of all models."""
+def _through_layers(replay: Replay, done: int, total: int, progress: Progress) -> list[Any]:
+    """Return the last layer's output for each batch, given the steps done before, and those of all models."""
     outputs: list[Any] = [None] * len(replay.batches)
     with replay.outside(), torch.no_grad():
         for index in range(len(replay.prefixes)):
             with replay.layer(index):
                 for batch, before in enumerate(outputs):
                     outputs[batch] = replay.run(index, batch, before)
-                    counted[0] += 1
-                    progress(*counted)
+                    progress(done + index * len(outputs) + batch + 1, total)
     return outputs
 
 

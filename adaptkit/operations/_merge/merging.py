@@ -282,7 +282,6 @@ class Merging:
         """Return what a dry run reports."""
         root, given = self.checkpoint.root, self.base.quantized
         notes = [f"{given} is quantized; merged into {root}, which it was quantized from"] if given else []
-        notes += [f"{root} is quantized; merged into the values that it has"] if self.base.decoded else []
         notes += [*given_again(self.adapters), *self.edits.notes, *self.side.notes, *untargeted(self.adapters)]
         known = changed_are_known(self.base, self.edits, self.adapters)
         return MergeReport(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,7 @@ class Recoding:
         """Return the name of the weight whose codes a stored tensor holds; its own name if it holds none."""
         return self._names.get(part, part)
 
-    @property
+    @cached_property
     def _names(self) -> dict[str, str]:
         return {weight.parts[0]: name for name, weight in self.decoded.weights.items()}
 
