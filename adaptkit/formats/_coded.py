@@ -44,14 +44,23 @@ class CodedRows:
         step = max(1, AT_A_TIME // columns)
         with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what is not finite
             for first in range(0, rows, step):
-                here = slice(first, first + step)
-                values: Array = self.values.take(self.codes[here])
-                by_group = values if self.groups is not None else values.reshape(len(values), self.scales.shape[1], -1)
-                if self.zeros is not None:
-                    by_group -= self.spread(self.zeros[here].astype(np.float32))
-                by_group *= self.spread(self.scales[here])
-                out[here] = values
+                self._decode(slice(first, first + step), out[first : first + step])
         return out
+
+    def _decode(self, here: slice, out: Array) -> None:
+        codes, zeros = self.codes[here], None if self.zeros is None else self.zeros[here]
+        if self.groups is None:
+            from adaptkit.numerics.kernels import cpu  # here, since it loads numba
+
+            values = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
+            cpu.decode_groups(codes, self.values, self.scales[here], zeros, values)
+        else:
+            values = self.values.take(codes)
+            if zeros is not None:
+                values -= self.spread(zeros.astype(np.float32))
+            values *= self.spread(self.scales[here])
+        if values is not out:
+            out[:] = values
 
     def spread(self, constants: Array) -> Array:
         """Return (rows, groups) constants in a shape that is multiplied with the weights."""

@@ -19,7 +19,7 @@ from adaptkit.formats._format import EncodedPiece, Encoding, WritableFormat
 from adaptkit.formats._integers import pack_down
 from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array, cast, dtype_name
 from adaptkit.numerics.finite import all_finite, check_finite
-from adaptkit.numerics.grids import Grid
+from adaptkit.numerics.grids import StandardGrid
 from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Grouped(WritableFormat):
         codes_suffix: what follows the weight's name in the name of its codes.
     """
 
-    grid: Grid
+    grid: StandardGrid
     codes_dtype: str
     codes_suffix: str = "_packed"
 
@@ -103,18 +103,14 @@ class Grouped(WritableFormat):
         Returns:
             codes as bytes of the file; constants (rows, groups) as stored; moments (2,) float64: Σ(w − q)² and Σw².
         """
-        columns, unit = weight.shape[-1], self.unit(weight, encoding)
-        step = max(1, AT_A_TIME // unit) * unit
-        pieces = (values[first : first + step].reshape(-1, columns) for first in range(0, values.size, step))
-        made = [self._encode_rows(piece, weight, encoding, top, measure) for piece in pieces]
-        zeros = [piece.zeros for piece in made if piece.zeros is not None]
-        moments = [piece.moments for piece in made if piece.moments is not None]
-        return EncodedPiece(
-            np.concatenate([piece.codes for piece in made]),
-            np.concatenate([piece.constants for piece in made]),
-            np.concatenate(zeros) if zeros else None,
-            np.sum(moments, axis=0) if moments else None,
-        )
+        from adaptkit.numerics.kernels import cpu  # here, as below, since it loads numba
+
+        rows = values.reshape(-1, weight.shape[-1])
+        size, height = self.size(weight.shape[-1], encoding), self.height(encoding)
+        stored, scales, zeros = self._chosen(rows, weight, encoding, top)
+        is_paired = self.bits == 4
+        codes, moments = cpu.encode_groups(rows, scales, zeros, size, height, self.grid.rounding, is_paired, measure)
+        return EncodedPiece(codes.view(ARRAY_DTYPES[self.codes_dtype]), stored, zeros, moments)
 
     def gather(self, weight: TensorSpec, encoding: Encoding, top: float = 0.0) -> GatheredRows:
         """See ``WritableFormat``."""
@@ -122,15 +118,22 @@ class Grouped(WritableFormat):
 
     def round_trip(self, values: Array, encoding: Encoding) -> Array:
         """See ``WritableFormat``."""
+        from adaptkit.numerics.kernels import cpu
+
         rows = cast(values, np.float32)
         weight, top = TensorSpec("", "F32", values.shape), float(np.abs(rows).max(initial=0))
-        return self._coded(rows, weight, encoding, top)[1].decode(rows.dtype)
+        size, height = self.size(rows.shape[1], encoding), self.height(encoding)
+        _, scales, zeros = self._chosen(rows, weight, encoding, top)
+        codes, _ = cpu.encode_groups(rows, scales, zeros, size, height, self.grid.rounding, False, False)
+        by_row = np.repeat(scales, height, axis=0)[: len(rows)]
+        groups = np.arange(rows.shape[1]) // size if rows.shape[1] % size else None
+        return CodedRows(codes, self.grid.values, by_row, zeros, groups).decode(rows.dtype)
 
     def calibrated(
         self, values: Array, weight: TensorSpec, inputs: LinearInputs, encoding: Encoding, top: float = 0.0
     ) -> tuple[dict[str, Array], Array]:
         """See ``WritableFormat``: constants are those of a narrower or wider range, whichever loses least."""
-        from adaptkit.numerics.calibration import prepare  # here, as below, since it loads numba
+        from adaptkit.numerics.calibration import prepare
         from adaptkit.numerics.rounding import compensated
 
         flat, important = prepare(values, inputs.importance)
@@ -153,16 +156,18 @@ class Grouped(WritableFormat):
         gathering = self.gather(weight, encoding, top)
         gathering.add(EncodedPiece(coded.codes, stored, zeros, np.zeros(2)))
         codes = self.specs(weight, encoding)[0]
-        packed = self.packed(coded.codes).view(ARRAY_DTYPES[codes.dtype]).reshape(codes.shape)
+        packed = self._packed(coded.codes).view(ARRAY_DTYPES[codes.dtype]).reshape(codes.shape)
         return {codes.name: packed} | gathering.finish()[0], decoded
 
     def _searched(
         self, rows: Array, important: Array, weight: TensorSpec, encoding: Encoding, top: float
     ) -> tuple[Array, Array, Array | None]:
         """Return stored scales, scales of each row's groups and zero points with the least weighted error."""
+        from adaptkit.numerics.kernels import cpu
+
         size, height = self.size(rows.shape[1], encoding), self.height(encoding)
         groups = np.arange(rows.shape[1]) // size
-        low, high = _of_blocks(*_extremes(rows, size), height)
+        low, high = cpu.group_extremes(rows, size, height)
         best: tuple[Array, Array, Array | None] | None = None
         least = np.full(low.shape, np.inf)
         for factor in RANGES:
@@ -179,34 +184,24 @@ class Grouped(WritableFormat):
             best, least = (stored, scales, zeros), np.minimum(lost, least)
         return stored, np.repeat(scales, height, axis=0)[: len(rows)], zeros
 
-    def packed(self, codes: Array) -> Array:
+    def _packed(self, codes: Array) -> Array:
         """Return (rows, columns) codes as bytes of the file, the earlier of two codes of 4 bits in the low half."""
         return codes[:, 0::2] | codes[:, 1::2] << 4 if self.bits == 4 else codes
 
-    def _encode_rows(
-        self, values: Array, weight: TensorSpec, encoding: Encoding, top: float, measure: bool
-    ) -> EncodedPiece:
-        rows = cast(values, np.float32)
-        stored, coded = self._coded(rows, weight, encoding, top)
-        moments = None
-        if measure:
-            lost, squares = (coded.decode(rows.dtype) - rows).reshape(-1), rows.reshape(-1)
-            moments = np.array([np.dot(lost, lost), np.dot(squares, squares)], np.float64)
-        return EncodedPiece(self.packed(coded.codes), stored, coded.zeros, moments)
+    def _chosen(
+        self, rows: Array, weight: TensorSpec, encoding: Encoding, top: float
+    ) -> tuple[Array, Array, Array | None]:
+        """Return ``constants`` of some rows.
 
-    def _coded(self, rows: Array, weight: TensorSpec, encoding: Encoding, top: float) -> tuple[Array, CodedRows]:
-        """Return the scales of some rows as stored, and the rows with the nearest codes."""
-        columns, height = rows.shape[1], self.height(encoding)
-        size = self.size(columns, encoding)
-        groups = None if columns % size == 0 else np.arange(columns) // size
-        low, high = _extremes(rows, size)
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        from adaptkit.numerics.kernels import cpu
+
+        low, high = cpu.group_extremes(rows, self.size(rows.shape[1], encoding), self.height(encoding))
         if not all_finite(low) or not all_finite(high):
             check_finite(rows)
-        low, high = _of_blocks(low, high, height)
-        stored, scales, zeros = self.constants(low, high, weight, encoding, top)
-        if height > 1:
-            scales = np.repeat(scales, height, axis=0)[: len(rows)]
-        return stored, nearest(rows, CodedRows(rows, self.grid.values, scales, zeros, groups), self.grid)
+        return self.constants(low, high, weight, encoding, top)
 
 
 class GatheredRows:
@@ -231,18 +226,3 @@ class GatheredRows:
             parts["_zero_point"] = pack_down((np.concatenate(self._zeros) + 8).astype(np.uint8))
         parts["_scale"] = np.concatenate(self._scales)
         return {name + suffix: part for suffix, part in parts.items()}, self._moments.tolist()
-
-
-def _of_blocks(low: Array, high: Array, height: int) -> tuple[Array, Array]:
-    """Return the smallest and the largest of blocks of so many rows, from those of the rows."""
-    down = np.arange(0, len(low), height)
-    return (low, high) if height == 1 else (np.minimum.reduceat(low, down), np.maximum.reduceat(high, down))
-
-
-def _extremes(rows: Array, size: int) -> tuple[Array, Array]:
-    """Return the smallest and the largest of each run of so many columns: (rows, ceil(columns / size))."""
-    if rows.shape[1] % size:
-        starts = np.arange(0, rows.shape[1], size)
-        return np.minimum.reduceat(rows, starts, axis=1), np.maximum.reduceat(rows, starts, axis=1)
-    groups = rows.reshape(len(rows), -1, size)
-    return groups.min(axis=2), groups.max(axis=2)

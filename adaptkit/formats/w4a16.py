@@ -65,10 +65,6 @@ class W4a16(Grouped):
         """See ``Grouped``."""
         return {"_shape": np.array(weight.shape, np.int64)}
 
-    def packed(self, codes: Array) -> Array:
-        """See ``Grouped``."""
-        return np.ascontiguousarray(super().packed(codes)).view(np.int32)
-
     def constants(
         self, low: Array, high: Array, weight: TensorSpec, encoding: Encoding, top: float
     ) -> tuple[Array, Array, Array | None]:

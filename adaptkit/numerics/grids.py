@@ -10,7 +10,7 @@ Source: OCP Microscaling Formats (MX) Specification 1.0 for the two float types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,10 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from adaptkit.numerics.dtypes import Array
+from adaptkit.numerics.kernels import _reference_grouped as kinds
 from adaptkit.numerics.kernels.codebook import NF4_LEVELS
-
-_BATCH = 1 << 16
-"""Number of values rounded at a time, so that what is computed on the way stays in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +28,14 @@ class Grid:
 
     Attributes:
         values: (2 ** bits,) float32, the level of each code; NaN if it stands for none.
-        nearest: maps (count,) float32, not NaN, to (count,) uint8, the code of the nearest level; values beyond the
-            levels get the outermost one.
     """
 
     values: Array
-    nearest: Callable[[Array], Array]
+
+    def nearest(self, scaled: Array) -> Array:
+        """Return the codes of the levels nearest to (count,) float32, not NaN; of the lower one where two are."""
+        found: Array = self.codes[np.searchsorted(self.bounds, scaled)]
+        return found
 
     @cached_property
     def codes(self) -> Array:
@@ -62,52 +62,42 @@ class Grid:
         return float(self.levels[-1] - self.levels[0]) / 2
 
 
-def _integers(bits: int) -> Grid:
+@dataclass(frozen=True, eq=False)
+class StandardGrid(Grid):
+    """The levels of a type that kernels know.
+
+    Attributes:
+        rounding: says it to the kernels.
+    """
+
+    rounding: kinds.Rounding
+
+    def nearest(self, scaled: Array) -> Array:
+        """See ``Grid``; of integers and E4M3, the even one where two are nearest."""
+        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
+
+        return cpu.nearest_codes(scaled, self.rounding)
+
+
+def _integers(bits: int, offset: int) -> StandardGrid:
+    """Return the integers of so many bits, ``offset`` being added to one to get its code modulo 2 ** bits."""
     half = 1 << (bits - 1)
-    values = np.arange(-half, half, dtype=np.float32)
-    if bits == 8:
-        values = np.roll(values, half)
-
-    def nearest(scaled: Array) -> Array:
-        rounded = np.clip(np.rint(scaled), -half, half - 1).astype(np.int8)
-        return rounded.view(np.uint8) if bits == 8 else (rounded + np.int8(half)).view(np.uint8)
-
-    return Grid(values, nearest)
+    values = np.roll(np.arange(-half, half, dtype=np.float32), offset - half)
+    return StandardGrid(values, kinds.Rounding(kinds.INTEGERS, np.float32(-half), np.float32(half - 1), offset))
 
 
-def grid_of(values: Array) -> Grid:
-    """Return the grid of any levels: (2 ** bits,) float32, NaN for codes that stand for none."""
-
-    def nearest(scaled: Array) -> Array:
-        found: Array = grid.codes[np.searchsorted(grid.bounds, scaled)]
-        return found
-
-    grid = Grid(values, nearest)
-    return grid
-
-
-def _of_sixteen(levels: Sequence[float]) -> Grid:
-    def nearest(scaled: Array) -> Array:
-        from adaptkit.numerics.kernels.cpu import nearest_codes  # here, since it loads numba
-
-        return nearest_codes(scaled, grid.bounds, grid.codes)
-
-    grid = Grid(np.array(levels, np.float32), nearest)
-    return grid
-
-
-def _nearest_e4m3(scaled: Array) -> Array:
-    import torch  # here, since it is large; ml_dtypes takes ten times as long
-
-    codes, top = np.empty(scaled.shape, np.uint8), np.float32(E4M3.top)
-    for first in range(0, scaled.size, _BATCH):
-        clipped = np.clip(scaled[first : first + _BATCH], -top, top)
-        codes[first : first + _BATCH] = torch.from_numpy(clipped).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    return codes
+def _of_sixteen(levels: Sequence[float]) -> StandardGrid:
+    grid = Grid(np.array(levels, np.float32))
+    lacking = 16 - len(grid.codes)
+    bounds = *grid.bounds, *[np.float32(np.inf)] * lacking
+    codes, ascending = ((*known, *[known[-1]] * lacking) for known in (grid.codes, grid.levels))
+    return StandardGrid(grid.values, kinds.Rounding(kinds.SIXTEEN, bounds=bounds, codes=codes, levels=ascending))
 
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-INT4, INT8 = _integers(4), _integers(8)
+INT4, INT8 = _integers(4, 8), _integers(8, 0)
 NF4, E2M1 = _of_sixteen(NF4_LEVELS), _of_sixteen([*_MAGNITUDES, *(-level for level in _MAGNITUDES)])
-E4M3 = Grid(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32), _nearest_e4m3)
+E4M3 = StandardGrid(
+    np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32), kinds.Rounding(kinds.E4M3)
+)

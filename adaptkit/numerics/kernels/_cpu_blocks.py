@@ -115,7 +115,7 @@ def sum_errors(moments, absmax):
 
 def encode_4bit(weight: Array, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
     """See ``reference.encode_4bit``, which also encodes a short last block: that is scaled by another rule."""
-    flat = _loadable(weight)
+    flat = loadable(weight).reshape(-1)
     count, full = flat.size, flat.size // block_size
     codes, absmax, moments = _outputs((count + 1) // 2, np.uint8, -(-count // block_size), measure)
     bounds, ascending = (tuple(map(np.float32, values)) for values in (book.bounds, book.ascending))
@@ -131,8 +131,9 @@ def encode_4bit(weight: Array, block_size: int, book: Codebook, measure: bool = 
     return codes, absmax, moments
 
 
-def _loadable(weight: Array) -> Array:
-    flat = np.ascontiguousarray(weight).reshape(-1)
+def loadable(weight: Array) -> Array:
+    """Return an array of a type that kernels can read, in row-major order."""
+    flat = np.ascontiguousarray(weight)
     return flat if flat.dtype in (BFLOAT16, np.float16, np.float32) else cast(flat, np.float32)
 
 
@@ -155,23 +156,4 @@ def decode_4bit(
         last = np.empty(-(-(count - weights) // 2) * 2, bits.dtype)
         decode_one_by_one(packed[weights // 2 :], constants[full:], block_size, table, last)
         bits[weights:] = last[: count - weights]
-    return out
-
-
-@jit
-def _nearest(scaled, bounds, codes, out):
-    for i in range(scaled.size):
-        out[i] = find(scaled[i], bounds, codes)
-
-
-def nearest_codes(scaled: Array, bounds: Array, codes: Array) -> Array:
-    """Return the code of the nearest of up to 16 levels: (count,) uint8.
-
-    Args:
-        scaled: (count,) float32.
-        bounds: (levels - 1,) float32, ascending midpoints between levels; a value equal to one gets the lower level.
-        codes: (levels,) uint8, of the levels in ascending order.
-    """
-    out, rest = np.empty(scaled.shape, np.uint8), 16 - len(codes)
-    _nearest(scaled, (*bounds, *[np.float32(np.inf)] * rest), (*codes, *[np.uint8(0)] * rest), out)
     return out

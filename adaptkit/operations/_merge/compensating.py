@@ -15,7 +15,7 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import disk_errors
 from adaptkit.models.model_lock import model_lock
 from adaptkit.numerics.dtypes import Array
-from adaptkit.numerics.grids import grid_of
+from adaptkit.numerics.grids import Grid
 from adaptkit.numerics.rounding import Compensation, compensated
 from adaptkit.operations._calibrate.layerwise import layer_moments
 from adaptkit.operations._calibrate.text import read_calibration
@@ -77,7 +77,7 @@ def _choose(
     change = np.concatenate([fold.exact_change(before[r.start : r.start + r.count], r) for r in fold.pieces()])
     groups = coded.groups if coded.groups is not None else np.arange(columns) // (columns // coded.scales.shape[1])
     target = (before + change).astype(np.float32)
-    codes = compensated(target, coded.scales, coded.zeros, groups, found[id(moment)], grid_of(coded.values))
+    codes = compensated(target, coded.scales, coded.zeros, groups, found[id(moment)], Grid(coded.values))
     made = moved_only(coded, codes)
     moved = made.decode(before.dtype).astype(np.float64) - before
     return made.codes, (float(_product(moved, change, moment)), float(_product(change, change, moment)))

@@ -23,7 +23,7 @@ from adaptkit.errors import CheckpointError, IntegrityError, NonFiniteError
 from adaptkit.formats._coded import CodedRows, GroupedWeight, nearest
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.grids import grid_of
+from adaptkit.numerics.grids import Grid
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.operations._merge.edits import Edits, matrix_of
 from adaptkit.operations._merge.folding import EditedRows, Fold, RestoredRows, Rows, cut_frames, find_lengths
@@ -102,7 +102,7 @@ class Recoding:
             codes = np.load(choice.files[name], mmap_mode="r")[rows.start : rows.start + rows.count]
         else:
             with np.errstate(all="ignore"):  # groups whose scale is 0 keep their codes
-                codes = nearest(target, coded, grid_of(coded.values)).codes
+                codes = nearest(target, coded, Grid(coded.values)).codes
         made = moved_only(coded, codes)
         after = made.decode(before.dtype)
         codes_spec = stored.spec(weight.parts[0])

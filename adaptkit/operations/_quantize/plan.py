@@ -51,11 +51,14 @@ class LargestMagnitude:
 
     @cached_property
     def _value(self) -> float:
+        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
+
         largest = [0.0]
         for spec in self._specs:
             for piece in cut_pieces(spec, unit=self._checkpoint.unit(spec.name)):
                 values = self._checkpoint.read_flat(spec.name, piece.start, piece.count)
-                largest += [float(np.fmax.reduce(values)), -float(np.fmin.reduce(values))]
+                low, high = cpu.group_extremes(values.reshape(1, -1), values.size)
+                largest += [-float(low[0, 0]), float(high[0, 0])]
         return max(value for value in largest if value == value)
 
 
